@@ -1,0 +1,1 @@
+"""The nouns: backbones, sites, tuners, data, training, sampling and run folders."""

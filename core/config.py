@@ -1,0 +1,179 @@
+"""One frozen, typed value a run: defaults < preset < YAML file < flags and `key=value`. Imports no torch.
+
+An unknown key is an error that names the nearest known one. The resolved value is saved with the result.
+A method's own settings are one class here; `METHOD_CONFIGS` in `core/tuners/__init__.py` ties it to its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import UsageError, unknown
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class Config(BaseModel):
+    """A frozen set of values; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --------------------------------------------------------------------------------------------------- methods
+
+
+class SCEditConfig(Config):
+    """SCEdit (Jiang et al. 2023, arXiv 2312.11392): SC-Tuner without conditions, CSC-Tuner with them."""
+
+    operator: Literal["linear", "conv", "resprefix"] = Field("linear", description="tuner operation (paper Tab. 5)")
+    ratio: float = Field(1.0, gt=0, le=4, description="bottleneck width over skip width (r = int(C * ratio))")
+    skips: tuple[int, ...] | None = Field(None, description="edited skips in encoder order; all when not given")
+    kernel: Literal[1, 3] = Field(1, description="kernel of the cascade's dense convolutions (CSC only)")
+    dual: bool = Field(False, description="dense convolution as conv3x3 to a fifth of the width, then conv1x1 (CSC only)")
+    hint_channels: int | None = Field(None, description="width of the encoded hint; 256, or 320 for SDXL (CSC only)")
+    weights: dict[str, float] = Field(default_factory=dict, description="weight of each condition (alpha in eq. 7)")
+    normalize: bool = Field(True, description="scale the condition weights to a sum of 1, as in eq. 7 (CSC only)")
+
+
+class FullConfig(Config):
+    """Full fine-tuning: every weight of the denoiser is trained."""
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+class TrainConfig(Config):
+    """Everything that decides a training run's result."""
+
+    method: str = Field("scedit", description="method from `sctool methods`")
+    tuner: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
+    cond: tuple[str, ...] = Field((), description="conditions to control by, e.g. canny")
+    base: str = Field("mini", description="'mini', a diffusers-format folder, or a hub id")
+    init: str | None = Field(None, description="tuner file or run to start from")
+
+    data: str = Field("photos", description="'photos', an image folder, webdataset shards, or a prompt.json")
+    maps: str | None = Field(None, description="folder of condition maps, when they do not lie in the data set")
+    val_data: str | None = Field(None, description="held-out set; else rows marked validation, else a seeded sample")
+    val_count: int = Field(64, ge=0, description="held-out pictures to measure on during training")
+    size: int | None = Field(None, ge=8, description="training size in pixels; the base's own when not given")
+    flip: bool = Field(False, description="also train on mirror images (both are cached)")
+    trigger: str = Field("", description="word put before every caption, e.g. <sce> for few-shot sets")
+
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch: int = Field(8, ge=1, description="pictures a step and accumulation, over all processes")
+    accumulate: int = Field(1, ge=1, description="batches summed before an optimizer step")
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0 for none")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="frozen weights and activations; tuners stay fp32")
+    checkpointing: bool = Field(False, description="recompute activations to save memory")
+    compile: bool = Field(False, description="torch.compile the denoiser")
+    snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting (arXiv 2303.09556), usually 5")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
+    hint_dropout: float = Field(0.0, ge=0, le=1, description="share of hints left out")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average; 0 for none")
+    seed: int = 0
+
+    save_every: int = Field(500, ge=1, description="steps between resume states")
+    keep: int = Field(2, ge=1, description="resume states kept")
+    validate_every: int = Field(500, ge=0, description="steps between validation losses and adherence; 0 for none")
+    sample_every: int = Field(500, ge=0, description="steps between preview grids; 0 for none")
+    preview_steps: int = Field(20, ge=1, description="sampler steps of previews and adherence")
+    guidance: float = Field(7.5, ge=0, description="classifier-free guidance of previews and adherence")
+
+
+# --------------------------------------------------------------------------------------------------- resolving
+
+C = TypeVar("C", bound=Config)
+
+
+def parse_value(text: str) -> Any:
+    """The value of a `key=value` flag, read as YAML: 1e-4 is a number, [0, 11] a list, canny a string."""
+    try:
+        return float(text) if "e" in text.lower() and text.lower().replace("e", "").strip("+-.0123456789") == "" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping. Raises `UsageError` for a missing or malformed file."""
+    try:
+        value = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read config '{path}': {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"config '{path}' is not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"config '{path}' holds no mapping of keys to values.")
+    return value
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A preset shipped with the package, by name. Raises `UsageError` naming the nearest one."""
+    known = {path.stem: path for path in PRESETS.glob("*.yaml")}
+    if name not in known:
+        raise unknown("preset", name, known)
+    return read_yaml(known[name])
+
+
+def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
+    """Validates `values` as `cls`. Raises `UsageError` that names the key, the fault and the nearest known key."""
+    for key in values:
+        if key not in cls.model_fields:
+            raise unknown(f"{where}key", key, cls.model_fields)
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{where}{key}={first.get('input')!r}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error
+
+
+def resolve(
+    cls: type[C],
+    *,
+    preset_name: str | None = None,
+    file: str | Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    pairs: Iterable[str] = (),
+) -> C:
+    """Defaults < preset < YAML file < flags < `key=value` pairs, as one frozen value.
+
+    `tuner.ratio=0.1` sets a key of a nested mapping. A flag of value None counts as not given.
+    Raises `UsageError` for an unknown key, a wrong value or a pair without `=`.
+    """
+    values: dict[str, Any] = {}
+    for layer in (preset(preset_name) if preset_name else {}, read_yaml(file) if file else {}):
+        _merge(values, layer)
+    _merge(values, {k: v for k, v in (flags or {}).items() if v is not None})
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"'{pair}' is no setting; write it as key=value, e.g. lr=1e-4.")
+        head, *rest = key.split(".")
+        value: Any = parse_value(text)
+        for part in reversed(rest):
+            value = {part: value}
+        _merge(values, {head: value})
+    return build(cls, values)
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), Mapping):
+            into[key] = {**into[key], **value}
+        else:
+            into[key] = value
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved value as YAML, every key written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

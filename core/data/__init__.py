@@ -1,0 +1,1 @@
+"""Sets of pictures: where records come from, how they are checked, decoded, cached and served."""

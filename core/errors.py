@@ -1,0 +1,34 @@
+"""Errors that a user can act on: each says what was wrong, where, and the remedy, in one or two lines."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SctoolError(Exception):
+    """The work failed for a reason that the user can mend; the command ends with `exit_code`, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(SctoolError):
+    """A flag, key or file name given by the user was wrong."""
+
+    exit_code = 2
+
+
+class Interrupted(SctoolError):
+    """SIGINT (130) or SIGTERM (143) ended the work after saving; the message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """A `UsageError` for a misspelt name: says what is known and which known name is nearest."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return UsageError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}.")

@@ -1,0 +1,46 @@
+"""What the recipe's scripts share: the clothing photographs as arrays."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photograph: uint8 RGB (H, W, 3), its caption, class name and split (train, validation, test)."""
+
+    pixels: np.ndarray
+    caption: str
+    label: str
+    split: str
+
+
+def load_photos(folder: str | Path) -> list[Photo]:
+    """Reads every KEY.jpg and KEY.json of the webdataset shards in `folder`."""
+    photos = []
+    for shard in sorted(Path(folder).glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar}
+        for name in sorted(n for n in members if n.endswith(".json")):
+            row = json.loads(members[name])
+            pixels = np.asarray(Image.open(io.BytesIO(members[name[:-5] + ".jpg"])).convert("RGB"))
+            photos.append(Photo(pixels, row["caption"], row["class"], row["split"]))
+    return photos
+
+
+def square(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The shorter side resized to `size` (area average), then the centre crop: (size, size, 3)."""
+    height, width = pixels.shape[:2]
+    scale = size / min(height, width)
+    height, width = max(size, round(height * scale)), max(size, round(width * scale))
+    pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[top : top + size, left : left + size]
