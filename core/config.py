@@ -34,7 +34,9 @@ class SCEditConfig(Config):
     ratio: float = Field(1.0, gt=0, le=4, description="bottleneck width over skip width (r = int(C * ratio))")
     skips: tuple[int, ...] | None = Field(None, description="edited skips in encoder order; all when not given")
     kernel: Literal[1, 3] = Field(1, description="kernel of the cascade's dense convolutions (CSC only)")
-    dual: bool = Field(False, description="dense convolution as conv3x3 to a fifth of the width, then conv1x1 (CSC only)")
+    dual: bool = Field(
+        False, description="dense convolution as conv3x3 to a fifth of the width, then conv1x1 (CSC only)"
+    )
     hint_channels: int | None = Field(None, description="width of the encoded hint; 256, or 320 for SDXL (CSC only)")
     weights: dict[str, float] = Field(default_factory=dict, description="weight of each condition (alpha in eq. 7)")
     normalize: bool = Field(True, description="scale the condition weights to a sum of 1, as in eq. 7 (CSC only)")
@@ -73,7 +75,9 @@ class TrainConfig(Config):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0 for none")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="frozen weights and activations; tuners stay fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="frozen weights and activations; tuners stay fp32"
+    )
     checkpointing: bool = Field(False, description="recompute activations to save memory")
     compile: bool = Field(False, description="torch.compile the denoiser")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting (arXiv 2303.09556), usually 5")
@@ -90,6 +94,21 @@ class TrainConfig(Config):
     guidance: float = Field(7.5, ge=0, description="classifier-free guidance of previews and adherence")
 
 
+# --------------------------------------------------------------------------------------------------- sampling
+
+
+class SampleConfig(Config):
+    """How pictures are drawn; together with the tuners and the base it makes a picture again."""
+
+    scheduler: Literal["ddim", "dpm++", "unipc"] = Field("ddim", description="sampler")
+    steps: int = Field(50, ge=1, le=1000, description="sampler steps")
+    guidance: float = Field(7.5, ge=0, description="classifier-free guidance; 1 for none")
+    rescale: float = Field(0.0, ge=0, le=1, description="guidance rescale (arXiv 2305.08891)")
+    negative: str = Field("", description="negative prompt")
+    size: int | None = Field(None, ge=8, description="side in pixels; the base's own when not given")
+    batch: int = Field(8, ge=1, description="pictures at a time; changes no picture but for rounding")
+
+
 # --------------------------------------------------------------------------------------------------- resolving
 
 C = TypeVar("C", bound=Config)
@@ -98,7 +117,11 @@ C = TypeVar("C", bound=Config)
 def parse_value(text: str) -> Any:
     """The value of a `key=value` flag, read as YAML: 1e-4 is a number, [0, 11] a list, canny a string."""
     try:
-        return float(text) if "e" in text.lower() and text.lower().replace("e", "").strip("+-.0123456789") == "" else yaml.safe_load(text)
+        return (
+            float(text)
+            if "e" in text.lower() and text.lower().replace("e", "").strip("+-.0123456789") == ""
+            else yaml.safe_load(text)
+        )
     except (yaml.YAMLError, ValueError):
         return text
 
@@ -134,7 +157,9 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{where}{key}={first.get('input')!r}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error
+        raise UsageError(
+            f"{where}{key}={first.get('input')!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+        ) from error
 
 
 def resolve(

@@ -1,0 +1,148 @@
+"""The run folder: where a training keeps its config, metrics, samples, tuner and resume states. Imports no torch.
+
+runs/<name>/config.yaml env.json metrics.jsonl tb/ samples/ tuner/ state/step-N/      runs/latest names the last one
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig, build, read_yaml, to_yaml
+from .errors import SctoolError, UsageError
+from .files import write_json, write_text
+
+PACKAGES = ("sctool", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "opencv-python")
+# What may change between two starts of one run: it decides when to stop and look, not what is learnt.
+FREE_KEYS = {"steps", "save_every", "keep", "validate_every", "sample_every"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def config(self) -> TrainConfig:
+        """The resolved configuration saved with the run."""
+        return build(TrainConfig, read_yaml(self.path / "config.yaml"))
+
+    @property
+    def tuner(self) -> Path:
+        """The trained tuner's file."""
+        return self.path / "tuner" / "tuner.safetensors"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of previews and held-out samples."""
+        return self.path / "samples"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: step, loss, lr, validation, adherence."""
+        return self.path / "metrics.jsonl"
+
+    def states(self) -> list[Path]:
+        """Complete resume states, oldest first."""
+        found = [p for p in (self.path / "state").glob("step-*") if (p / "state.json").is_file()]
+        return sorted(found, key=lambda p: int(p.name[5:]))
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends one row to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops metrics of steps after `step`, which a resumed run will make again."""
+        if not self.metrics.is_file():
+            return
+        rows = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in rows if json.loads(line).get("step", 0) <= step]
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process. Raises `SctoolError` when another process trains it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise SctoolError(
+                    f"{self.path} is being trained by another process; wait for it or use --name."
+                ) from error
+            yield
+
+
+def default_name(config: TrainConfig) -> str:
+    """A name that the same command gives again: method, conditions, base, data and a hash of the rest."""
+    values = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE_KEYS}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+    words = [config.method, *config.cond, Path(config.base).name, Path(config.data).resolve().name]
+    return "-".join([*words, digest])
+
+
+def open_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:
+    """The run folder for `config`, made if new; `latest` then names it.
+
+    Raises `UsageError` when a run of that name holds another configuration, naming the keys that differ.
+    """
+    run = Run(Path(out) / (name or default_name(config)))
+    if (run.path / "config.yaml").is_file():
+        old, new = run.config.model_dump(mode="json"), config.model_dump(mode="json")
+        changed = [f"{k} ({old[k]} there, {new[k]} now)" for k in new if old[k] != new[k] and k not in FREE_KEYS]
+        if changed:
+            raise UsageError(
+                f"run '{run.name}' was made with other settings: {', '.join(changed)}. Choose another --name."
+            )
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_text(run.path / "config.yaml", to_yaml(config))
+    write_json(run.path / "env.json", environment())
+    write_text(Path(out) / "latest", run.name + "\n")
+    return run
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the command line, as saved in env.json."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return {"python": platform.python_version(), "platform": platform.platform(), "packages": found, "argv": sys.argv}
+
+
+def latest(out: str | Path = "runs") -> Run:
+    """The run that was trained last. Raises `UsageError` where there is none."""
+    pointer = Path(out) / "latest"
+    if not pointer.is_file():
+        raise UsageError(f"no run in {out}/ yet. Train one first: sctool train --method scedit")
+    return Run(Path(out) / pointer.read_text().strip())
+
+
+def find_run(target: str | Path | None, out: str | Path = "runs") -> Run:
+    """A run by folder or by name under `out`; the latest one for None. Raises `UsageError` where there is none."""
+    if target is None:
+        return latest(out)
+    for path in (Path(target), Path(out) / str(target)):
+        if (path / "config.yaml").is_file():
+            return Run(path)
+    known = sorted(p.parent.name for p in Path(out).glob("*/config.yaml"))
+    listed = f" Known: {', '.join(known)}." if known else ""
+    raise UsageError(f"'{target}' is no run folder (no config.yaml in it).{listed}")

@@ -1,0 +1,26 @@
+"""SIGINT and SIGTERM become a wish to stop, asked for between steps, so that work is saved first."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Stop:
+    """Context manager; `stop.signal` is the number of the signal that came, or 0. A second one ends at once."""
+
+    def __enter__(self) -> Stop:
+        self.signal = 0
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
