@@ -1,0 +1,150 @@
+"""Tuner files: safetensors whose metadata say what the tuner is and which base it belongs to; `tuner.json` repeats them.
+
+Nothing is pickled. Reading the description imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import SctoolError, UsageError
+from .files import replacing, write_json
+from .tuners import method_config, tuner_class
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .backbones import Backbone
+    from .tuners.base import Tuner
+
+NAME = "tuner.safetensors"
+FORMAT = 1
+
+
+def find_tuner(path: str | Path) -> Path:
+    """The tuner file that `path` means: the file itself, a tuner folder's, or a run folder's. Raises `UsageError`."""
+    path = Path(path).expanduser()
+    for candidate in (path, path / NAME, path / "tuner" / NAME):
+        if candidate.is_file():
+            return candidate
+    reason = f"holds no {NAME} or tuner/{NAME}" if path.is_dir() else "does not exist"
+    raise UsageError(f"tuner '{path}' {reason}. Give a run folder, a tuner folder or a tuner file.")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: tensor names, shapes and metadata."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(100_000_000, path.stat().st_size):
+                raise ValueError("its header is broken")
+            return json.loads(file.read(length))
+    except (OSError, ValueError) as error:
+        raise SctoolError(f"tuner '{path}' cannot be read: {error}. It is no safetensors file, or is damaged.") from error
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """What a tuner file says of itself: method, config, conditions, skips, base, maps, licence. Imports no torch."""
+    path = find_tuner(path)
+    try:
+        return json.loads(_header(path)["__metadata__"]["sctool"])
+    except KeyError as error:
+        raise SctoolError(f"'{path}' was not written by sctool: it does not say which method it holds.") from error
+
+
+def describe(tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """The metadata of `tuner`, trained on `backbone`. `maps` says how each condition's map was made."""
+    base = {"id": backbone.id, "hash": backbone.hash, "family": backbone.family, "licence": backbone.licence}
+    return {**_own(tuner), "base": base, "maps": dict(maps or {}), **more}
+
+
+def _own(tuner: Tuner) -> dict[str, Any]:
+    """What the tuner itself knows, and what building it again needs."""
+    from importlib.metadata import version
+
+    return {
+        "format": FORMAT,
+        "sctool": version("sctool"),
+        "method": tuner.method,
+        "config": tuner.config.model_dump(mode="json"),
+        "conditions": list(tuner.conditions),
+        "vae_scale": tuner.vae_scale,
+        "skips": {site.index: site.channels for site in getattr(tuner, "sites", ())},
+        "parameters": sum(p.numel() for p in tuner.parameters()),
+    }
+
+
+def save_tuner(path: str | Path, tuner: Tuner, meta: Mapping[str, Any]) -> Path:
+    """Writes the tuner's float32 weights and `meta` (see `describe`); returns the file. Atomic.
+
+    `path` is a folder, or a file ending in .safetensors. Raises `SctoolError` when it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    file = path if path.suffix == ".safetensors" else path / NAME
+    meta = {**meta, **_own(tuner)}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(tuner.state_dict().items())}
+    with replacing(file) as temporary:
+        try:
+            save_file(tensors, temporary, {"format": "pt", "sctool": json.dumps(meta, sort_keys=True)})
+        except SafetensorError as error:  # the library's own kind for a full disk
+            raise OSError(str(error)) from error
+    write_json(file.with_suffix(".json"), meta)
+    return file
+
+
+def load_tuner(path: str | Path, target: Backbone | nn.Module, force: bool = False) -> Tuner:
+    """The tuner in `path` (see `find_tuner`), built for `target`, a backbone or a denoiser, on its device.
+
+    Raises `SctoolError` when it belongs to another base, unless `force`; when its shapes do not fit, always.
+    """
+    from safetensors.torch import load_file
+
+    file = find_tuner(path)
+    meta, denoiser = read_meta(file), getattr(target, "denoiser", target)
+    if not force:
+        _check_base(file, meta, target)
+    config = method_config(meta["method"], meta["config"])
+    try:
+        tuner = tuner_class(meta["method"]).build(config, denoiser, tuple(meta["conditions"]), meta["vae_scale"])
+    except UsageError as error:  # e.g. it edits a skip that this denoiser does not have
+        raise SctoolError(f"tuner '{file}' does not fit {_named(target)}: {error}") from error
+    _check_shapes(file, meta, tuner, target)
+    try:
+        tuner.load_state_dict(load_file(file))
+    except Exception as error:
+        raise SctoolError(f"tuner '{file}' cannot be read: {error}. The file is damaged.") from error
+    return tuner
+
+
+def _named(target: Any) -> str:
+    """The target in words."""
+    return f"base '{target.id}' ({target.hash[:12]})" if hasattr(target, "hash") else f"this {type(target).__name__}"
+
+
+def _check_base(file: Path, meta: Mapping[str, Any], target: Any) -> None:
+    base = meta.get("base", {})
+    if not hasattr(target, "hash") or "hash" not in base or base["hash"] == target.hash:
+        return
+    raise SctoolError(
+        f"tuner '{file}' was trained on base '{base.get('id')}' ({base['hash'][:12]}), not on {_named(target)}. "
+        f"Use --base {base.get('id')}, or --force to load it all the same."
+    )
+
+
+def _check_shapes(file: Path, meta: Mapping[str, Any], tuner: Tuner, target: Any) -> None:
+    stored = {name: tuple(row["shape"]) for name, row in _header(file).items() if name != "__metadata__"}
+    wanted = {name: tuple(value.shape) for name, value in tuner.state_dict().items()}
+    if stored == wanted:
+        return
+    name = next(name for name in sorted(stored.keys() | wanted.keys()) if stored.get(name) != wanted.get(name))
+    base = meta.get("base", {}).get("id", "another base")
+    raise SctoolError(
+        f"tuner '{file}', made for base '{base}', does not fit {_named(target)}: {name} is {stored.get(name, 'absent')} "
+        f"in the file and {wanted.get(name, 'absent')} here. --force cannot help; use the base that it was trained on."
+    )
