@@ -161,6 +161,17 @@ def locate(base: str, offline: bool = False) -> Path:
         ) from error
 
 
+def resolution(base: str, offline: bool = False) -> int:
+    """The side in pixels that `base` was trained at, read from its configs alone."""
+    folder = locate(base, offline)
+    try:
+        size = json.loads((folder / "unet" / "config.json").read_text())["sample_size"]
+        blocks = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--base {base}: the configs of unet/ and vae/ cannot be read ({error}).") from error
+    return (size if isinstance(size, int) else size[0]) * 2 ** (len(blocks) - 1)
+
+
 def weight_files(folder: Path, part: str) -> list[Path]:
     """The safetensors files of one part of a base; the full-precision ones where both kinds lie there."""
     files = sorted((folder / part).glob("*.safetensors"))

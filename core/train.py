@@ -32,7 +32,8 @@ from .runs import Run
 from .signals import Stop
 from .state import load_state, save_state
 from .tuners import method_config, tuner_class
-from .tuners.base import TunedBackbone, Tuner
+from .sites import TunedBackbone
+from .tuners.base import Tuner
 from .validate import Validator
 
 LOG_EVERY = 10
@@ -138,7 +139,7 @@ def train(
     backbone.free_encoders()
 
     tuner = build_tuner(config, backbone)
-    autocast = tuner.replaces_weights or precision == "fp16"  # fp32 masters in the forward pass need it
+    autocast = tuner.kind == "weights" or precision == "fp16"  # fp32 masters in the forward pass need it
     dtype = torch.float32 if autocast else DTYPES[precision]
     validator = Validator(config, run, backbone, val, measures or {}, progress) if accelerator.is_main_process else None
     if validator:
@@ -257,7 +258,7 @@ def train(
         with averaged(ema, parameters):
             save_tuner(run.tuner, tuner, backbone, maps=dict(map_meta or {}), run=run.name)
         write_card(run, config, backbone, tuner, figures, len(data), val)
-    model.detach()
+    model.attachment.detach()
     accelerator.wait_for_everyone()
     return figures
 

@@ -23,7 +23,7 @@ from .sample import Request, draw
 from .sheets import save_png, sheet
 
 if TYPE_CHECKING:
-    from .tuners.base import TunedBackbone
+    from .sites import TunedBackbone
 
 BANDS = 4  # quarters of the noise schedule: from fine detail (0) to composition (3)
 PREVIEWS = 4

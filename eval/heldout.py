@@ -1,0 +1,139 @@
+"""A run's data opened as the run saw it, and samples of its held-out pictures from the base and the tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..annotators.ondemand import ensure_maps
+from ..core.config import SampleConfig, TrainConfig
+from ..core.data.records import Record, Source
+from ..core.data.sources import open_source
+from ..core.errors import SctoolError
+from ..core.progress import Progress
+from ..core.runs import Run
+
+EVALUATED = ("test", "validation", "val")  # test rows first: the run itself looked at the validation rows
+
+
+def open_data(
+    config: TrainConfig, size: int, *, strict: bool = False, quiet: bool = False
+) -> tuple[Source, Source | None, dict[str, Any]]:
+    """The training set, the held-out set of `--val-data` if any, and how each condition's maps were made.
+
+    Weight-free maps that the set lacks are made at `size` px and kept in the cache. Faults found while listing are
+    shown; `strict` turns them into a `SctoolError`.
+    """
+    progress = Progress(quiet)
+    sources = [open_source(config.data, config.maps)]
+    if config.val_data:
+        sources.append(open_source(config.val_data, config.maps))
+    made: dict[str, Any] = {}
+    ready = []
+    for source in sources:
+        if source.faults:
+            shown = "; ".join(f"{f.where}: {f.reason}" for f in source.faults[:5])
+            message = f"{len(source.faults)} faults in {source.name}: {shown}{' …' if len(source.faults) > 5 else ''}"
+            if strict:
+                raise SctoolError(message)
+            progress.note(message)
+        if config.cond:
+            source, how = ensure_maps(source, config.cond, size)
+            made |= how
+        ready.append(source)
+    return ready[0], ready[1] if len(ready) > 1 else None, made
+
+
+def evaluation_records(source: Source, held_out: Source | None, config: TrainConfig) -> list[Record]:
+    """Records that training never saw: the held-out set, else rows marked test, else what training held out."""
+    from ..core.train import split_records
+
+    if held_out is not None:
+        return list(held_out.records)
+    for name in EVALUATED:
+        marked = [r for r in source.records if r.split == name]
+        if marked:
+            return marked
+    return split_records(source, None, config)[1]
+
+
+def sample_heldout(
+    run: Run,
+    *,
+    count: int = 200,
+    sampling: SampleConfig | None = None,
+    seed: int = 0,
+    which: Sequence[str] = ("base", "tuned"),
+    scale: float = 1.0,
+    quiet: bool = False,
+    offline: bool = False,
+    out: Path | None = None,
+) -> list[Path]:
+    """Draws held-out captions with their hints into run/samples/<which> (or `out`/<which>); picture i has seed + i in every folder.
+
+    "base" draws the untouched base with the same prompts and seeds (its hints are kept beside it for comparison),
+    "tuned" the trained tuner. Gives the folders. Raises `SctoolError` where the run holds nothing out.
+    """
+    from ..core.backbones import load_backbone
+    from ..core.checkpoint import load_tuner
+    from ..core.data.hints import render
+    from ..core.data.images import BadImage, Geometry, decode_map, decode_rgb
+    from ..core.sample import Request, draw, protocol, write_samples
+    from ..core.sites import tuned
+
+    config = run.config
+    backbone = load_backbone(config.base, device=best_device(), offline=offline)
+    sampling = sampling or SampleConfig(guidance=config.guidance)
+    size = sampling.size or config.size or backbone.resolution
+    sampling = sampling.model_copy(update={"size": size})
+    source, held_out, _ = open_data(config, size, quiet=quiet)
+    geometry = Geometry(size)
+    requests: list[Request] = []
+    for record in evaluation_records(source, held_out, config):
+        if len(requests) == count:
+            break
+        try:
+            image = decode_rgb(record.image, record.image.name)
+            reference = geometry.apply(image)
+            hints = {
+                name: render(name, geometry.apply_map(decode_map(record.maps[name], record.maps[name].name), image.shape), reference)
+                for name in config.cond
+            }
+        except (BadImage, KeyError):
+            continue
+        caption = " ".join(filter(None, (config.trigger, record.text or "")))
+        requests.append(Request(caption, seed + len(requests), hints, reference, record.key, record.label))
+    if not requests:
+        raise SctoolError(f"{run.path}: its data hold nothing out to sample; give --val-data when training.")
+    progress = Progress(quiet)
+    folders = []
+    for kind in which:
+        folder = (out or run.samples) / kind
+        with progress.counting(len(requests), f"sampling {kind}") as advance:
+            if kind == "base":
+                bare = [Request(r.prompt, r.seed) for r in requests]
+                pictures = (p for _, p in draw(backbone, bare, sampling, advance))
+                drawn = ((request, picture) for request, picture in zip(requests, pictures, strict=True))
+                write_samples(folder, drawn, protocol(backbone, sampling))
+            else:
+                tuner = load_tuner(run.path, backbone)
+                used = {"method": tuner.method, "run": run.name, "scale": scale}
+                with tuned(backbone.denoiser, tuner, scales=scale):
+                    write_samples(folder, draw(backbone, requests, sampling, advance), protocol(backbone, sampling, [used]))
+        folders.append(folder)
+    return folders
+
+
+def best_device() -> str:
+    """ "cuda" where there is one, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def adherence(conds: Sequence[str], made: dict[str, Any]) -> dict[str, Callable[..., dict[str, float]]]:
+    """For each condition that can be measured, a function (pictures, hints) -> figures; see `eval/edges.py`."""
+    from .edges import measures
+
+    return measures(conds, made)
