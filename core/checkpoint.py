@@ -1,6 +1,6 @@
-"""Tuner files: safetensors whose metadata say what the tuner is and which base it belongs to; `tuner.json` repeats them.
+"""Tuner files: safetensors whose metadata say what the tuner is and which base it belongs to.
 
-Nothing is pickled. Reading the description imports no torch.
+`tuner.json` beside it repeats them for people. Nothing is pickled. Reading the description imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAME = "tuner.safetensors"
 FORMAT = 1
 
 
-def find_tuner(path: str | Path) -> Path:
+def tuner_file(path: str | Path) -> Path:
     """The tuner file that `path` means: the file itself, a tuner folder's, or a run folder's. Raises `UsageError`."""
     path = Path(path).expanduser()
     for candidate in (path, path / NAME, path / "tuner" / NAME):
@@ -43,12 +43,12 @@ def _header(path: Path) -> dict[str, Any]:
                 raise ValueError("its header is broken")
             return json.loads(file.read(length))
     except (OSError, ValueError) as error:
-        raise SctoolError(f"tuner '{path}' cannot be read: {error}. It is no safetensors file, or is damaged.") from error
+        raise SctoolError(f"tuner '{path}' is no safetensors file, or is damaged: {error}.") from error
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What a tuner file says of itself: method, config, conditions, skips, base, maps, licence. Imports no torch."""
-    path = find_tuner(path)
+    path = tuner_file(path)
     try:
         return json.loads(_header(path)["__metadata__"]["sctool"])
     except KeyError as error:
@@ -56,29 +56,32 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 
 def describe(tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """The metadata of `tuner`, trained on `backbone`. `maps` says how each condition's map was made."""
-    base = {"id": backbone.id, "hash": backbone.hash, "family": backbone.family, "licence": backbone.licence}
-    return {**_own(tuner), "base": base, "maps": dict(maps or {}), **more}
+    """The metadata of `tuner`, trained on `backbone`: what it is, and what building it again needs.
 
-
-def _own(tuner: Tuner) -> dict[str, Any]:
-    """What the tuner itself knows, and what building it again needs."""
+    `maps` says how each condition's map was made; `more` is kept as it is.
+    """
     from importlib.metadata import version
 
     return {
+        **more,
         "format": FORMAT,
         "sctool": version("sctool"),
         "method": tuner.method,
         "config": tuner.config.model_dump(mode="json"),
         "conditions": list(tuner.conditions),
+        "maps": dict(maps or {}),
+        "base": {"id": backbone.id, "hash": backbone.hash, "family": backbone.family},
+        "licence": backbone.licence,
         "vae_scale": tuner.vae_scale,
-        "skips": {site.index: site.channels for site in getattr(tuner, "sites", ())},
+        "skips": {str(site.index): site.channels for site in getattr(tuner, "sites", ())},
         "parameters": sum(p.numel() for p in tuner.parameters()),
     }
 
 
-def save_tuner(path: str | Path, tuner: Tuner, meta: Mapping[str, Any]) -> Path:
-    """Writes the tuner's float32 weights and `meta` (see `describe`); returns the file. Atomic.
+def save_tuner(
+    path: str | Path, tuner: Tuner, backbone: Backbone, *, maps: Mapping[str, Any] | None = None, **more: Any
+) -> Path:
+    """Writes the tuner's float32 weights and its description (see `describe`); returns the file. Atomic.
 
     `path` is a folder, or a file ending in .safetensors. Raises `SctoolError` when it cannot be written.
     """
@@ -87,7 +90,7 @@ def save_tuner(path: str | Path, tuner: Tuner, meta: Mapping[str, Any]) -> Path:
 
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / NAME
-    meta = {**meta, **_own(tuner)}
+    meta = describe(tuner, backbone, maps, **more)
     tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(tuner.state_dict().items())}
     with replacing(file) as temporary:
         try:
@@ -99,13 +102,13 @@ def save_tuner(path: str | Path, tuner: Tuner, meta: Mapping[str, Any]) -> Path:
 
 
 def load_tuner(path: str | Path, target: Backbone | nn.Module, force: bool = False) -> Tuner:
-    """The tuner in `path` (see `find_tuner`), built for `target`, a backbone or a denoiser, on its device.
+    """The tuner in `path` (see `tuner_file`), built for `target`, a backbone or a denoiser, on its device.
 
     Raises `SctoolError` when it belongs to another base, unless `force`; when its shapes do not fit, always.
     """
     from safetensors.torch import load_file
 
-    file = find_tuner(path)
+    file = tuner_file(path)
     meta, denoiser = read_meta(file), getattr(target, "denoiser", target)
     if not force:
         _check_base(file, meta, target)
@@ -145,6 +148,7 @@ def _check_shapes(file: Path, meta: Mapping[str, Any], tuner: Tuner, target: Any
     name = next(name for name in sorted(stored.keys() | wanted.keys()) if stored.get(name) != wanted.get(name))
     base = meta.get("base", {}).get("id", "another base")
     raise SctoolError(
-        f"tuner '{file}', made for base '{base}', does not fit {_named(target)}: {name} is {stored.get(name, 'absent')} "
-        f"in the file and {wanted.get(name, 'absent')} here. --force cannot help; use the base that it was trained on."
+        f"tuner '{file}', made for base '{base}', does not fit {_named(target)}: {name} is "
+        f"{stored.get(name, 'absent')} in the file and {wanted.get(name, 'absent')} here. "
+        "--force cannot help; use the base that it was trained on."
     )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SctoolError, UsageError, unknown
+from .hinting import check_batch, checked, mark, tiled
 
 if TYPE_CHECKING:
     from .tuners.base import Features, SkipTuner, Tuner
@@ -56,7 +57,7 @@ def skips(denoiser: nn.Module) -> list[Skip]:
     except AttributeError as error:
         raise SctoolError(f"{type(denoiser).__name__} has no skip connections that can be edited ({error}).") from error
     if sum(counts) != len(outputs):
-        raise SctoolError(f"{type(denoiser).__name__}: {len(outputs)} encoder outputs for {sum(counts)} decoder layers.")
+        raise SctoolError(f"{type(denoiser).__name__}: {len(outputs)} skips for {sum(counts)} decoder layers.")
     # The first up block takes the last outputs, in encoder order.
     owners = [(block, position) for block, n in reversed(list(enumerate(counts))) for position in range(n)]
     return [Skip(i, *owner, *output) for i, (owner, output) in enumerate(zip(owners, outputs, strict=True))]
@@ -110,7 +111,9 @@ class SkipEditor:
         return next((owner for owner in owners if isinstance(owner, cls)), None)
 
     @classmethod
-    def add(cls, denoiser: nn.Module, tuner: SkipTuner, scale: float, weights: Mapping[str, float], normalize: bool) -> Seat:
+    def add(
+        cls, denoiser: nn.Module, tuner: SkipTuner, scale: float, weights: Mapping[str, float], normalize: bool
+    ) -> Seat:
         """Seats `tuner` at the denoiser's editor, which it makes if need be. Raises `SctoolError` if it sits there."""
         editor = cls.of(denoiser) or cls(denoiser)
         if any(seat.tuner is tuner for seat in editor.seats):
@@ -153,7 +156,9 @@ class SkipEditor:
 
     # ------------------------------------------------------------------------------------------------- the hints
 
-    def take_hint(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def take_hint(
+        self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """Pre-hook of the denoiser: takes `hint` out of `cross_attention_kwargs` and encodes it for this call."""
         self._features, self._alphas = [], []
         channel = kwargs.get("cross_attention_kwargs")
@@ -164,7 +169,7 @@ class SkipEditor:
         hints = self._named(channel["hint"])
         if hints:
             features = self._encode(hints, latents) if torch.is_grad_enabled() else self._encode_once(hints, latents)
-            self._features = [_tiled(each, len(latents)) for each in features]
+            self._features = [tiled(each, len(latents)) for each in features]
             self._alphas = self._normalised()
         return args, {**kwargs, "cross_attention_kwargs": rest or None}
 
@@ -175,7 +180,7 @@ class SkipEditor:
             return {}
         if isinstance(hint, Tensor):
             if len(known) != 1:
-                raise UsageError(f"a hint without a name, but the conditions are {known or 'none'}; give {{name: hint}}.")
+                raise UsageError(f"a hint without a name for the conditions {known}; give {{name: hint}}.")
             return {known[0]: hint}
         for name in hint:
             if name not in known:
@@ -190,7 +195,7 @@ class SkipEditor:
         features = []
         for seat in self.seats:
             mine = {name: hints[name] for name in seat.tuner.conditions if name in hints}
-            ready = {name: _checked(name, hint, latents, seat.tuner.vae_scale) for name, hint in mine.items()}
+            ready = {name: checked(name, hint, latents, seat.tuner.vae_scale) for name, hint in mine.items()}
             features.append(seat.tuner.encode(ready) if ready else {})
         return features
 
@@ -202,13 +207,13 @@ class SkipEditor:
         """
         weights = [weight for seat in self.seats for weight in seat.tuner.parameters()]
         kind = (latents.shape[-2:], latents.dtype, latents.device, torch.is_autocast_enabled(latents.device.type))
-        key = (kind, [(name, *_mark(hint)) for name, hint in hints.items()], [_mark(weight) for weight in weights])
+        key = (kind, [(name, *mark(hint)) for name, hint in hints.items()], [mark(weight) for weight in weights])
         if self._cached is None or self._cached[0] != key:
             features = self._encode(hints, latents)
             self._cached = (key, hints, features)  # holding the hints keeps their ids from being given to others
         else:
             for name, hint in hints.items():
-                _check_batch(name, hint, latents)
+                check_batch(name, hint, latents)
         return self._cached[2]
 
     def _normalised(self) -> list[dict[str, float]]:
@@ -221,41 +226,8 @@ class SkipEditor:
             return alphas
         total = sum(weight for each in alphas for weight in each.values())
         if abs(total) < 1e-6:
-            raise UsageError("the condition weights sum to 0 and cannot be normalised; set normalize=false or change them.")
+            raise UsageError("the condition weights sum to 0; change them, or set normalize=false.")
         return [{name: weight / total for name, weight in each.items()} for each in alphas]
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    """Changes when another tensor comes or this one is written to; inference tensors keep no version."""
-    return id(tensor), -1 if tensor.is_inference() else tensor._version
-
-
-def _checked(name: str, hint: Tensor, latents: Tensor, vae_scale: int) -> Tensor:
-    """The hint (B, 3, H, W) in the latents' dtype and device; uint8 becomes 0..1. Raises `UsageError` if it does not fit."""
-    if hint.dim() != 4 or hint.shape[1] != 3:
-        raise UsageError(f"hint '{name}' has shape {tuple(hint.shape)}; a hint is an RGB batch (B, 3, H, W).")
-    height, width = (side * vae_scale for side in latents.shape[-2:])
-    if tuple(hint.shape[-2:]) != (height, width):
-        have = f"{hint.shape[-1]}x{hint.shape[-2]}"
-        raise UsageError(f"hint '{name}' is {have} pixels but the picture is {width}x{height}; resize the hint to it.")
-    _check_batch(name, hint, latents)
-    scale = 255 if hint.dtype == torch.uint8 else 1
-    return hint.to(latents.device, latents.dtype) / scale
-
-
-def _check_batch(name: str, hint: Tensor, latents: Tensor) -> None:
-    if len(latents) % max(len(hint), 1) or len(hint) == 0:
-        raise UsageError(f"hint '{name}' holds {len(hint)} maps for a batch of {len(latents)}; give 1, or one a picture.")
-
-
-def _tiled(features: Features, batch: int) -> Features:
-    """Features of b hints for `batch` latents: guidance stacks [unconditional, conditional], so the whole batch repeats."""
-    return {
-        name: {
-            index: c if len(c) in (1, batch) else c.repeat(batch // len(c), 1, 1, 1) for index, c in levels.items()
-        }
-        for name, levels in features.items()
-    }
 
 
 # ----------------------------------------------------------------------------------------------------- attaching
@@ -286,7 +258,8 @@ def attach(
     override the tuners' own alpha of eq. 7. Raises `SctoolError` or `UsageError` for what cannot be attached.
     """
     denoiser = getattr(target, "denoiser", target)
-    each = [1.0 if scales is None else scales] * len(tuners) if scales is None or isinstance(scales, int | float) else scales
+    scales = 1.0 if scales is None else scales
+    each = [scales] * len(tuners) if isinstance(scales, int | float) else scales
     if len(each) != len(tuners):
         raise UsageError(f"{len(each)} scales for {len(tuners)} tuners; give one, or one a tuner.")
     known = {name for tuner in tuners for name in tuner.conditions}
@@ -320,7 +293,7 @@ def tuned(
 
 
 class TunedBackbone(nn.Module):
-    """A frozen denoiser and its attached tuners as one module, for DDP and accelerate; only tuners require gradients."""
+    """A frozen denoiser and its attached tuners as one module, for DDP and accelerate; only tuners are trained."""
 
     def __init__(self, denoiser: nn.Module, *tuners: Tuner, **attach_options: Any) -> None:
         super().__init__()
@@ -341,7 +314,8 @@ class TunedBackbone(nn.Module):
     ) -> Tensor:
         """The denoiser's prediction (B, C, h, w) for noisy `latents` (B, C, h, w) at `timesteps` (B,).
 
-        `text` holds prompt_embeds (B, L, D) and, for SDXL, pooled (B, P) and time_ids (B, 6); `hints` (B, 3, H, W) in 0..1.
+        `text` holds prompt_embeds (B, L, D) and, for SDXL, pooled (B, P) and time_ids (B, 6). `hints` are maps
+        (B, 3, H, W) in 0..1, by condition.
         """
         dtype = self.denoiser.dtype
         options: dict[str, Any] = {"cross_attention_kwargs": {"hint": hints}} if hints else {}

@@ -38,7 +38,9 @@ class Tuner(nn.Module):
         self.config, self.conditions, self.vae_scale = config, tuple(conditions), vae_scale
 
     @classmethod
-    def build(cls: type[T], config: Config, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8) -> T:
+    def build(
+        cls: type[T], config: Config, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
+    ) -> T:
         """A new tuner for `denoiser`, on its device; on the meta device it has shapes and no storage.
 
         `conditions` are names of maps to control by; `vae_scale` is the pixels to one latent pixel along a side.
@@ -49,7 +51,12 @@ class Tuner(nn.Module):
             return cls(config, denoiser, conditions, vae_scale).to(device)
 
     def attach(
-        self, denoiser: nn.Module, *, scale: float = 1.0, weights: Mapping[str, float] | None = None, normalize: bool | None = None
+        self,
+        denoiser: nn.Module,
+        *,
+        scale: float = 1.0,
+        weights: Mapping[str, float] | None = None,
+        normalize: bool | None = None,
     ) -> Removable:
         """Makes `denoiser` use this tuner until the value given back is removed. See `sites.attach`."""
         raise NotImplementedError
@@ -73,9 +80,14 @@ class SkipTuner(Tuner):
         raise NotImplementedError
 
     def attach(
-        self, denoiser: nn.Module, *, scale: float = 1.0, weights: Mapping[str, float] | None = None, normalize: bool | None = None
+        self,
+        denoiser: nn.Module,
+        *,
+        scale: float = 1.0,
+        weights: Mapping[str, float] | None = None,
+        normalize: bool | None = None,
     ) -> Seat:
-        """Takes a seat at the denoiser's editor. Raises `SctoolError` when the skips differ or it already sits there."""
+        """Takes a seat at the denoiser's editor. Raises `SctoolError` when the skips differ or it is attached."""
         return SkipEditor.add(
             denoiser,
             self,
@@ -99,6 +111,4 @@ def known_conditions(names: Mapping[str, Any], conditions: tuple[str, ...]) -> N
     """Raises `UsageError` when a setting names a condition that the tuner does not have."""
     for name in names:
         if name not in conditions:
-            raise unknown("condition", name, conditions) if conditions else UsageError(
-                f"a weight for condition '{name}', but the tuner has no conditions; add --cond {name}."
-            )
+            raise unknown("condition", name, conditions or ("none: add --cond",))

@@ -38,7 +38,9 @@ class Full(Tuner):
     method = "full"
     kind = "weights"
 
-    def __init__(self, config: FullConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8) -> None:
+    def __init__(
+        self, config: FullConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
+    ) -> None:
         if conditions:
             raise UsageError("full fine-tuning takes no condition maps; drop --cond, or use --method scedit.")
         super().__init__(config, (), vae_scale)
@@ -52,9 +54,14 @@ class Full(Tuner):
             node.register_parameter(leaf, nn.Parameter(parameter.detach().float().clone()))
 
     def attach(
-        self, denoiser: nn.Module, *, scale: float = 1.0, weights: Mapping[str, float] | None = None, normalize: bool | None = None
+        self,
+        denoiser: nn.Module,
+        *,
+        scale: float = 1.0,
+        weights: Mapping[str, float] | None = None,
+        normalize: bool | None = None,
     ) -> _Swap:
-        """Swaps the parameters in. Raises `SctoolError` when they are in already or do not fit, `UsageError` for a scale."""
+        """Swaps the parameters in. Raises `SctoolError` when they do not fit or are in already."""
         if scale != 1:
             raise UsageError(f"a fully tuned model has no scale, but {scale} was given; use 1.")
         own, theirs = dict(self.named_parameters()), dict(denoiser.named_parameters())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class Adapter(nn.Module):
 
 
 class ConvAdapter(nn.Module):
-    """The ablation's Conv operation (Tab. 5): 3x3 convolutions over an eighth of the width (inferred from its count)."""
+    """The ablation's Conv operation (Tab. 5): 3x3 convolutions over C / 8 channels (inferred from its count)."""
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__()
@@ -70,10 +71,10 @@ class ConvAdapter(nn.Module):
 
 
 class ResPrefix(nn.Module):
-    """The ablation's ResPrefix operation (Tab. 5): T(x) = W_out softmax(W_q x K^T / sqrt(C)) V + b, K and V (C / 10, C).
+    """The ablation's ResPrefix operation (Tab. 5): T(x) = W_out softmax(W_q x K^T / sqrt(C)) V + b.
 
-    The paper gives no formula. This is the prefix branch of the same group's Res-Tuning (arXiv 2310.19859) with the one
-    choice of widths and biases that meets the printed count of 21.64M; other choices meet it too.
+    K and V are (C / 10, C). The paper gives no formula. This is the prefix branch of the same group's Res-Tuning
+    (arXiv 2310.19859) with a choice of widths and biases that meets the printed count of 21.64M; others meet it too.
     """
 
     def __init__(self, channels: int, ratio: float) -> None:
@@ -103,10 +104,10 @@ def operators(config: SCEditConfig, sites: list[Skip]) -> nn.ModuleDict:
 
 
 class Stem(nn.ModuleList):
-    """The multi-layer hint block (Fig. 4c): RGB in 0..1 (B, 3, H, W) to (B, out, H / f, W / f), f the autoencoder's factor.
+    """The multi-layer hint block (Fig. 4c): RGB in 0..1 (B, 3, H, W) to (B, out, H / f, W / f).
 
-    Seven 3x3 convolutions with SiLU between, three of stride 2 for f = 8. Another factor drops the last strides or
-    adds some before the first ones, so that the chain always ends on the latent's grid.
+    f is the autoencoder's factor. Seven 3x3 convolutions with SiLU between, three of stride 2 for f = 8. Another
+    factor drops the last strides or adds some elsewhere, so that the chain always ends on the latent's grid.
     """
 
     def __init__(self, out: int, widen: float, vae_scale: int) -> None:
@@ -115,7 +116,7 @@ class Stem(nn.ModuleList):
             raise UsageError(f"the autoencoder's factor is {vae_scale}; a hint can be reduced by 1, 2, 4 … 128.")
         strided = (2, 4, 6, 1, 3, 5, 0)[:halvings]
         widths = [3, *(int(w * widen) for w in (16, 16, 32, 32, 96, 96)), out]
-        pairs = enumerate(zip(widths, widths[1:], strict=False))
+        pairs = enumerate(pairwise(widths))
         super().__init__(nn.Conv2d(a, b, 3, stride=2 if i in strided else 1, padding=1) for i, (a, b) in pairs)
 
     def forward(self, hint: Tensor) -> Tensor:
@@ -189,7 +190,9 @@ class SCEdit(SkipTuner):
     method = "scedit"
     config: SCEditConfig
 
-    def __init__(self, config: SCEditConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8) -> None:
+    def __init__(
+        self, config: SCEditConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
+    ) -> None:
         super().__init__(config, denoiser, conditions, vae_scale)
         known_conditions(config.weights, self.conditions)
         if not self.conditions:
