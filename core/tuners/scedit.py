@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..architectures import family
 from ..config import SCEditConfig
 from ..errors import UsageError
 from ..sites import Skip, skips
@@ -199,7 +200,7 @@ class SCEdit(SkipTuner):
             self.sc = operators(config, self.sites)
             return
         strides = cascade_strides(denoiser, self.sites)
-        sdxl = getattr(denoiser.config, "addition_embed_type", None) == "text_time"
+        sdxl = family(denoiser.config) == "sdxl"
         self.csc = nn.ModuleDict(
             {name: Branch(config, self.sites, strides, sdxl, vae_scale) for name in self.conditions}
         )
