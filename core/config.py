@@ -202,3 +202,21 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
 def to_yaml(config: Config) -> str:
     """The resolved value as YAML, every key written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+# --------------------------------------------------------------------------------------------------- annotating
+
+
+class AnnotateConfig(Config):
+    """Everything that decides what `sctool annotate` writes, and how it goes about it."""
+
+    src: str = Field(description="'photos', an image folder, webdataset shards, one image, or '-' for paths on stdin")
+    cond: tuple[str, ...] = Field(("canny",), description="conditions, e.g. canny:low=50,high=150,color")
+    out: str | None = Field(None, description="folder to write; annotated/NAME of the source when not given")
+    size: str = Field("none", description="none, short:N (shorter side) or crop:N (as the trainer crops)")
+    layout: Literal["merged", "maps"] = Field("merged", description="a complete data set, or the maps alone")
+    render: bool = Field(False, description="store maps as full-size RGB hints instead of their smallest form")
+    seed: int = Field(0, description="seed of masks and random thresholds, together with each picture's key")
+    limit: int | None = Field(None, ge=1, description="only the first N pictures")
+    jobs: int | None = Field(None, ge=1, description="processes; all cores when not given")
+    strict: bool = Field(False, description="fail at the end if any picture could not be read")

@@ -1,0 +1,71 @@
+"""What every annotator is: RGB pictures in, maps in their smallest lossless form and the parameters used out.
+
+Same pixels, key and seed in, same map out, whatever the batch, shard or worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..core.config import Config, build
+
+Params = dict[str, Any]
+
+
+class NoParams(Config):
+    """An annotator without settings."""
+
+
+class Annotator(ABC):
+    """One condition. Subclasses name themselves, version their algorithm, and say how their map is stored."""
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    """Identity of the algorithm; raised whenever the same picture would give another map."""
+    summary: ClassVar[str]
+    Settings: ClassVar[type[Config]] = NoParams
+    bilevel: ClassVar[bool] = False
+    """The map holds only 0 and 255 and is stored as a 1-bit PNG."""
+    needs_weights: ClassVar[bool] = False
+
+    def __init__(self, settings: Config | None = None, seed: int = 0) -> None:
+        self.settings = settings if settings is not None else self.Settings()
+        self.seed = seed
+
+    @classmethod
+    def parse(cls, text: str = "", seed: int = 0) -> Annotator:
+        """An annotator from settings written as `low=50,high=150`; values are read by the settings' types.
+
+        Raises `UsageError` that names the condition, the key and the nearest known key.
+        """
+        values = {}
+        for pair in filter(None, (part.strip() for part in text.split(","))):
+            key, _, value = pair.partition("=")
+            values[key.strip()] = value.strip()
+        return cls(build(cls.Settings, values, where=f"{cls.name} "), seed)
+
+    @property
+    def id(self) -> dict[str, Any]:
+        """Everything that decides the map besides pixels and key: name, version, settings."""
+        return {"name": self.name, "version": self.version, **self.settings.model_dump(mode="json")}
+
+    def generator(self, key: str) -> np.random.Generator:
+        """The random source of one picture: decided by the seed, the condition and the picture's key alone."""
+        digest = hashlib.sha256(f"{self.seed}\0{self.name}\0{key}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+    def __call__(self, images: list[np.ndarray], keys: list[str]) -> list[tuple[np.ndarray, Params]]:
+        """Maps of a batch.
+
+        images: uint8 (H, W, 3) RGB, sizes may differ. keys: one a picture.
+        Gives for each a uint8 map, (h, w) or (h, w, 3), and the parameters that made it.
+        """
+        return [self.annotate(image, key) for image, key in zip(images, keys, strict=True)]
+
+    @abstractmethod
+    def annotate(self, image: np.ndarray, key: str) -> tuple[np.ndarray, Params]:
+        """The map of one uint8 (H, W, 3) RGB picture and the parameters that made it."""

@@ -1,0 +1,126 @@
+"""Maps made when training needs them and the data set has none: weight-free conditions, at the training geometry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from ..core.data.images import BadImage, Geometry, decode_rgb
+from ..core.data.records import FileBlob, Record, Source
+from ..core.errors import UsageError
+from ..core.files import write_bytes
+from . import ANNOTATORS, parse_conditions
+from .base import Annotator
+from .maps import encode_png
+from .pool import Beat, run_jobs
+
+CHUNK = 256
+IN_PROCESS = 512
+
+
+@dataclass(frozen=True)
+class MapJob:
+    """Some records whose maps are wanted; picklable."""
+
+    records: tuple[Record, ...]
+    annotators: tuple[Annotator, ...]
+    size: int
+    cache: Path
+
+
+def ensure_maps(
+    source: Source,
+    conds: Iterable[str],
+    size: int,
+    cache: Path,
+    *,
+    seed: int = 0,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Source, dict[str, dict[str, Any]]]:
+    """A copy of `source` whose records carry a map of every condition, and how the maps were made.
+
+    conds: names, with settings or without (`canny:low=50`). Maps that the set has are kept; missing ones are made on
+    the training pixels (`Geometry(size)`) in `cache`, under the picture's content, so a second call is quick. The
+    second value holds `Annotator.id` of each condition made here. Pictures that cannot be read keep no map.
+    Raises `UsageError` for an unknown condition, or one that needs weights, naming the command that makes its maps.
+    """
+    wanted = list(conds)
+    names = [spec.partition(":")[0] for spec in wanted]
+    missing = [
+        spec
+        for spec, name in zip(wanted, names, strict=True)
+        if name in ANNOTATORS or not all(name in record.maps for record in source.records)
+    ]
+    annotators = tuple(
+        annotator
+        for annotator in (parse_conditions(missing, seed) if missing else ())
+        if not all(annotator.name in record.maps for record in source.records)
+    )
+    for annotator in annotators:
+        if annotator.needs_weights:
+            raise UsageError(
+                f"'{source.name}' has no {annotator.name} maps, and making them needs a model. First run: "
+                f"sctool annotate {source.root or source.name} --cond {annotator.name}"
+            )
+    if not annotators:
+        return source, {}
+    todo = [
+        MapJob(tuple(source.records[start : start + CHUNK]), annotators, size, Path(cache))
+        for start in range(0, len(source.records), CHUNK)
+    ]
+    workers = jobs or (len(os.sched_getaffinity(0)) if len(source.records) > IN_PROCESS else 1)
+    total = len(source.records)
+    found = run_jobs(
+        make_maps,
+        todo,
+        workers,
+        lambda done: progress(done, total) if progress else None,
+        "Run the same command again to continue.",
+    )
+    maps = [made for chunk in found for made in chunk]
+    records = [
+        replace(record, maps={**record.maps, **{cond: FileBlob(path) for cond, path in made.items()}})
+        for record, made in zip(source.records, maps, strict=True)
+    ]
+    copy = Source(source.name, source.kind, records, source.faults, source.root)
+    return copy, {annotator.name: {**annotator.id, "opencv": cv2.__version__} for annotator in annotators}
+
+
+def make_maps(job: MapJob, beat: Beat) -> list[dict[str, Path]]:
+    """For each record the files of the maps that it lacks; those in the cache are not made again."""
+    geometry = Geometry(job.size)
+    made = []
+    for record in job.records:
+        made.append(_maps_of(record, [a for a in job.annotators if a.name not in record.maps], geometry, job))
+        beat()
+    return made
+
+
+def _maps_of(record: Record, annotators: list[Annotator], geometry: Geometry, job: MapJob) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
+    pixels = None
+    try:
+        data = record.image.read() if annotators else b""
+        for annotator in annotators:
+            identity = [annotator.id, annotator.seed, record.key, geometry.id, cv2.__version__]
+            digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+            digest.update(data)
+            name = digest.hexdigest()
+            path = job.cache / "maps" / annotator.name / name[:2] / f"{name}.png"
+            if not path.exists():
+                if pixels is None:
+                    pixels = geometry.apply(decode_rgb(data, record.image.name))
+                ((made, _),) = annotator([pixels], [record.key])
+                write_bytes(path, encode_png(made, bilevel=annotator.bilevel))
+            paths[annotator.name] = path
+    except (BadImage, OSError):
+        return {}  # the check of the set names the picture
+    return paths

@@ -1,0 +1,257 @@
+"""One unit of work, a shard or a run of pictures: a pure function of its job, safe to repeat and to kill.
+
+A unit writes its pictures and maps, then one marker that says what it made and from what. A marker counts only while
+settings, source and the files' sizes still agree; otherwise the unit is done again, giving the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..core.data.images import BadImage
+from ..core.data.records import Blob, Record
+from ..core.files import replacing, write_bytes, write_text
+from .base import Annotator
+from .maps import Made, Size, make
+from .pool import Beat
+
+HIDDEN = ".sctool"
+"""Folder of settings and markers in a written set; loaders of data sets skip hidden folders."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything `annotate_unit` needs; picklable."""
+
+    unit: str
+    records: tuple[Record, ...]
+    names: tuple[str, ...]
+    """Path of each picture inside the written set, with its suffix; for shards the member's name."""
+    out: Path
+    shard: bool
+    merged: bool
+    annotators: tuple[Annotator, ...]
+    size: Size
+    render: bool
+    settings: str
+    """Hash of the run's settings."""
+
+    @property
+    def marker(self) -> Path:
+        """Where the unit's marker lies: beside a shard as img2dataset's stats, hidden for folders."""
+        return self.out / f"{self.unit}_stats.json" if self.shard else self.out / HIDDEN / f"{self.unit}.json"
+
+    def fingerprint(self) -> str:
+        """Hash of what the unit reads: keys, captions, columns, and size and time of every source file."""
+        digest = hashlib.sha256()
+        for record, name in zip(self.records, self.names, strict=True):
+            row = [record.key, name, record.text, record.label, record.split, record.meta, _stamp(record.image)]
+            digest.update(json.dumps([*row, sorted(record.maps)], sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+
+def _stamp(blob: Blob) -> list[Any]:
+    path = getattr(blob, "path", None) or getattr(blob, "tar_path", None)
+    if path is None:
+        return [hashlib.sha256(blob.read()).hexdigest()]
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ["missing"]
+    return [status.st_size, status.st_mtime_ns, getattr(blob, "offset", 0)]
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """The unit's marker, if it is whole and still true."""
+    try:
+        marker = json.loads(job.marker.read_text())
+        if marker["settings"] != job.settings or marker["source"] != job.fingerprint():
+            return None
+        if any(os.path.getsize(job.out / name) != size for name, size in marker["files"].items()):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return marker
+
+
+def annotate_unit(job: Job, beat: Beat) -> dict[str, Any]:
+    """Makes every map of the unit and gives its marker.
+
+    A picture that cannot be read is listed under `errors` and left out. Raises `SctoolError` only when nothing can be
+    written.
+    """
+    fingerprint = job.fingerprint()
+    errors: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
+    writer: Writer
+    with ShardWriter(job) if job.shard else FolderWriter(job) as writer:
+        for record, name in zip(job.records, job.names, strict=True):
+            try:
+                data = record.image.read()
+                made = make(
+                    data, record.image.name, record.key, job.annotators, job.size, render=job.render, image=job.merged
+                )
+            except (BadImage, OSError) as error:
+                errors.append({"where": record.image.name, "reason": str(getattr(error, "reason", error))})
+            else:
+                rows.append(writer.add(record, name, data, made))
+            beat()
+    marker = {
+        "settings": job.settings,
+        "source": fingerprint,
+        "images": len(rows),
+        "failed": len(errors),
+        "errors": errors,
+        "files": writer.files,
+    }
+    if not (job.shard and job.merged):
+        marker["rows"] = rows
+    write_text(job.marker, json.dumps(marker, ensure_ascii=False, indent=1) + "\n")
+    return marker
+
+
+class Writer(Protocol):
+    """Takes finished pictures in order; `files` are the sizes of what it wrote, by path in the set."""
+
+    files: dict[str, int]
+
+    def __enter__(self) -> Writer: ...
+    def __exit__(self, *failure: Any) -> None: ...
+    def add(self, record: Record, name: str, data: bytes, made: Made) -> dict[str, Any]:
+        """Writes one picture's files; gives its row of metadata."""
+        ...
+
+
+def _row(record: Record, name: str, made: Made) -> dict[str, Any]:
+    """Columns that both layouts keep: the picture's own, then how its maps were made, as one JSON text."""
+    row: dict[str, Any] = {"file_name": name, "text": record.text, **record.meta}
+    if record.split is not None:
+        row.setdefault("split", record.split)
+    row["file_name"], row["text"] = name, record.text
+    row["conditions"] = json.dumps(made.conditions, sort_keys=True)
+    return row
+
+
+class FolderWriter:
+    """Pictures under their own names (hard links where possible), maps under `conditions/NAME/`."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.files: dict[str, int] = {}
+
+    def __enter__(self) -> FolderWriter:
+        return self
+
+    def __exit__(self, *failure: Any) -> None: ...
+
+    def _write(self, name: str, data: bytes) -> None:
+        write_bytes(self.job.out / name, data)
+        self.files[name] = len(data)
+
+    def add(self, record: Record, name: str, data: bytes, made: Made) -> dict[str, Any]:
+        """As in the protocol."""
+        maps = {cond: _map_name(cond, name) for cond in made.maps}
+        for cond, png in made.maps.items():
+            self._write(maps[cond], png)
+        if not self.job.merged:
+            return {"key": record.key, **_row(record, name, made)}
+        if made.image is not None:
+            name = name if name.endswith(".png") else f"{name.rpartition('.')[0]}.png"
+            self._write(name, made.image)
+        elif not _link(getattr(record.image, "path", None), self.job.out / name):
+            self._write(name, data)
+        else:
+            self.files[name] = len(data)
+        if self.job.size.kind == "none":
+            for cond, blob in record.maps.items():
+                if cond not in maps:
+                    maps[cond] = _map_name(cond, name)
+                    self._write(maps[cond], blob.read())
+        row = _row(record, name, made)
+        first = self.job.annotators[0].name
+        return row | {"conditioning_image_file_name": maps[first]} | {f"{c}_file_name": m for c, m in maps.items()}
+
+
+def _map_name(cond: str, name: str) -> str:
+    return f"conditions/{cond}/{name.rpartition('.')[0]}.png"
+
+
+def _link(source: Path | None, target: Path) -> bool:
+    """Links `target` to the file `source`; False where that is not possible."""
+    if source is None:
+        return False
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(Path(source).resolve(), temporary)
+        os.replace(temporary, target)
+    except OSError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)  # renaming onto a link to the same file leaves both
+    return True
+
+
+class ShardWriter:
+    """A shard under its own name: KEY.jpg, .txt, .json and KEY.NAME.png, every field for every sample.
+
+    In the maps layout one shard a condition, `conditions/NAME/00000.tar`. Times and owners are fixed, so the same
+    pictures give the same bytes.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.files: dict[str, int] = {}
+        conds = [annotator.name for annotator in job.annotators]
+        self.names = (
+            dict.fromkeys(["", *conds], f"{job.unit}.tar")
+            if job.merged
+            else {cond: f"conditions/{cond}/{job.unit}.tar" for cond in conds}
+        )
+
+    def __enter__(self) -> ShardWriter:
+        self.stack = contextlib.ExitStack()
+        self.tars: dict[str, tarfile.TarFile] = {}
+        with contextlib.ExitStack() as opening:
+            for name in dict.fromkeys(self.names.values()):
+                path = opening.enter_context(replacing(self.job.out / name))
+                self.tars[name] = opening.enter_context(tarfile.open(path, "w", format=tarfile.PAX_FORMAT))
+            self.stack = opening.pop_all()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self.stack.__exit__(*failure)
+        if failure[0] is None:
+            self.files = {name: os.path.getsize(self.job.out / name) for name in self.tars}
+
+    def _put(self, cond: str, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self.tars[self.names[cond]].addfile(info, io.BytesIO(data))
+
+    def add(self, record: Record, name: str, data: bytes, made: Made) -> dict[str, Any]:
+        """As in the protocol."""
+        if self.job.merged:
+            # Columns must not change from sample to sample: only a PNG, or a set that is all resized, is written anew.
+            resized = self.job.size.kind != "none"
+            suffix = ".png" if resized else os.path.splitext(name)[1].lower().replace(".jpeg", ".jpg")
+            image = made.image if suffix == ".png" and made.image is not None else data
+            self._put("", f"{record.key}{suffix}", image)
+            self._put("", f"{record.key}.txt", (record.text or "").encode())
+            meta = {**record.meta, "width": made.width, "height": made.height, "conditions": made.conditions}
+            self._put("", f"{record.key}.json", json.dumps(meta, sort_keys=True, ensure_ascii=False).encode())
+            if not resized:
+                for cond, blob in sorted(record.maps.items()):
+                    if cond not in made.maps:
+                        self._put("", f"{record.key}.{cond}.png", blob.read())
+        for cond, png in made.maps.items():
+            self._put(cond, f"{record.key}.{cond}.png", png)
+        return {"key": record.key, "conditions": json.dumps(made.conditions, sort_keys=True)}
