@@ -1,0 +1,221 @@
+"""Trains mini's image/text encoder and its tokenizer: a small CLIP on the captions of the clothing photographs.
+
+    python recipes/mini/clip.py DATA --out work/mini [--steps 1000]
+
+Radford et al. 2021 (arXiv 2103.00020, figure 3) with one change: captions repeat within a batch, so that every
+picture with the same caption is a positive (targets are uniform over equal captions). Half of the patches are
+left out during training except in its last part (Li et al. 2022, arXiv 2212.00794), which halves the time.
+Writes `tokenizer`, `clip` (both towers), `text_encoder` (the text tower alone, as Stable Diffusion uses it) and
+`clip.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import Photo, load_photos, square
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+SIZE = 64
+WIDTH = 128
+POSITIONS = 32
+MEAN = (0.4815, 0.4578, 0.4082)  # CLIP's own pixel statistics, kept for compatibility with its processor
+STD = (0.2686, 0.2613, 0.2758)
+
+
+# ------------------------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """Byte-level BPE with CLIP's layout: 256 bytes, 256 word-final bytes, merges, two special tokens."""
+    # The splitting of words comes from CLIPTokenizer itself, so that training and use agree.
+    empty = CLIPTokenizer().backend_tokenizer
+    trainee = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trainee.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    trainee.pre_tokenizer = empty.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    trainee.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(trainee.to_str())["model"]["merges"]]
+    alphabet = sorted(alphabet)
+    tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *(left + right for left, right in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=POSITIONS)
+
+
+# ----------------------------------------------------------------------------------------------------- model
+
+
+def build(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """The untrained CLIP: both towers of width 128, text 4 layers, vision 5 layers on 8 px patches of 64 px."""
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tower = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    text = tower | special | {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": POSITIONS,
+    }
+    vision = tower | {"num_hidden_layers": 5, "image_size": SIZE, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+
+
+def to_tensor(crops: list[np.ndarray]) -> torch.Tensor:
+    """uint8 HWC in 0..255 to float NCHW, normalised by CLIP's statistics."""
+    batch = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+    return (batch - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def augment(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Random crop of 60 to 100 % of the centre square's side, mirror, brightness and contrast; never hue."""
+    height, width = photo.shape[:2]
+    side = min(height, width)
+    crop = round(side * rng.uniform(0.6, 1.0))
+    # The crop's centre stays near the picture's: garments lie in the middle of tall pictures.
+    slack = (side - crop) // 2 + side // 12
+    top = np.clip((height - crop) // 2 + rng.integers(-slack, slack + 1), 0, height - crop)
+    left = np.clip((width - crop) // 2 + rng.integers(-slack, slack + 1), 0, width - crop)
+    picture = cv2.resize(photo[top : top + crop, left : left + crop], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    if rng.random() < 0.5:
+        picture = picture[:, ::-1]
+    gain, lift = rng.uniform(0.9, 1.1), rng.uniform(-12, 12)
+    return np.clip(picture.astype(np.float32) * gain + lift, 0, 255).astype(np.uint8)
+
+
+def embed_text(model: CLIPModel, ids: torch.Tensor) -> torch.Tensor:
+    """Unit text features (B, 128) of token ids (B, L)."""
+    pooled = model.text_model(input_ids=ids).pooler_output
+    return F.normalize(model.text_projection(pooled), dim=-1)
+
+
+def embed_images(model: CLIPModel, pixels: torch.Tensor, keep: float = 1.0) -> torch.Tensor:
+    """Unit picture features (B, 128) of normalised pixels (B, 3, 64, 64), from a random share `keep` of the patches."""
+    tower = model.vision_model
+    tokens = tower.embeddings(pixels)
+    if keep < 1:
+        count = tokens.shape[1] - 1
+        order = torch.rand(len(tokens), count).argsort(1)[:, : round(keep * count)] + 1
+        rows = torch.arange(len(tokens))[:, None]
+        tokens = torch.cat([tokens[:, :1], tokens[rows, order]], dim=1)  # the class token always stays
+    hidden = tower.encoder(inputs_embeds=tower.pre_layrnorm(tokens)).last_hidden_state
+    return F.normalize(model.visual_projection(tower.post_layernorm(hidden[:, 0])), dim=-1)
+
+
+def contrastive(logits: torch.Tensor, caption: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Both directions of CLIP's loss with repeated captions.
+
+    `logits` (B, U) of pictures against the batch's unique captions, `caption` (B,) indices into them, `counts`
+    (U,) how often each occurs. A caption that occurs n times weighs n in the softmax, as if it stood there n times.
+    """
+    image_to_text = F.cross_entropy(logits + counts.log(), caption)
+    target = F.one_hot(caption, len(counts)).T / counts[:, None]
+    text_to_image = -(target * logits.T.log_softmax(-1)).sum(-1)
+    return (image_to_text + (text_to_image * counts).sum() / counts.sum()) / 2
+
+
+# ----------------------------------------------------------------------------------------------- measurement
+
+
+@torch.no_grad()
+def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, photos: list[Photo]) -> dict[str, float]:
+    """Class and colour accuracy: the nearest mean text feature over the captions of a class, or of a colour."""
+    model.eval()
+    pixels = [square(p.pixels, SIZE) for p in photos]
+    features = torch.cat([embed_images(model, to_tensor(pixels[i : i + 64])) for i in range(0, len(pixels), 64)])
+    captions = sorted({p.caption for p in photos})
+    ids = tokenizer(captions, padding=True, return_tensors="pt").input_ids
+    text = embed_text(model, ids)
+    label_of = {p.caption: p.label for p in photos}
+    groups = {"class": [label_of[c] for c in captions], "colour": [colour(c) for c in captions]}
+    truths = {"class": [p.label for p in photos], "colour": [colour(p.caption) for p in photos]}
+    figures = {}
+    for kind, names in groups.items():
+        known = sorted({n for n in names if n})
+        means = torch.stack([text[[n == k for n in names]].mean(0) for k in known])
+        guess = (features @ F.normalize(means, dim=-1).T).argmax(-1).tolist()
+        pairs = [(known[g], t) for g, t in zip(guess, truths[kind], strict=True) if t]
+        figures[f"{kind}_accuracy"] = sum(g == t for g, t in pairs) / len(pairs)
+        figures[f"{kind}_count"] = len(pairs)
+    model.train()
+    return figures
+
+
+COLOURS = ["beige", "black", "blue", "brown", "green", "grey", "navy", "orange", "pink", "purple", "red", "white", "yellow"]
+
+
+def colour(caption: str) -> str | None:
+    """The colour that a caption names, if any."""
+    return next((word for word in caption.split() if word in COLOURS), None)
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("--out", default="work/mini", type=Path)
+    parser.add_argument("--steps", default=1000, type=int)
+    parser.add_argument("--batch", default=64, type=int)
+    parser.add_argument("--lr", default=1e-3, type=float)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    photos = load_photos(args.data)
+    train, test = ([p for p in photos if p.split == split] for split in ("train", "test"))
+    tokenizer = train_tokenizer([p.caption for p in train])
+    tokenizer.save_pretrained(args.out / "tokenizer")
+    model = build(tokenizer).train()
+    unique = sorted({p.caption for p in train})
+    ids = tokenizer(unique, padding=True, return_tensors="pt").input_ids
+    caption_of = np.array([unique.index(p.caption) for p in train])
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.98), fused=True)
+    start, history = time.time(), []
+    for step in range(args.steps):
+        for group in optimizer.param_groups:  # 100 warm-up steps, then a cosine to zero
+            group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        keep = 0.5 if step < 0.85 * args.steps else 1.0
+        chosen = rng.integers(len(train), size=args.batch)
+        pixels = to_tensor([augment(train[i].pixels, rng) for i in chosen])
+        present, caption, counts = np.unique(caption_of[chosen], return_inverse=True, return_counts=True)
+        image, text = embed_images(model, pixels, keep), embed_text(model, ids[present])
+        logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
+        loss = contrastive(logits, torch.from_numpy(caption), torch.from_numpy(counts).float())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 200 == 0 or step in (19,) or step + 1 == args.steps:
+            figures = zero_shot(model, tokenizer, test) if step > 19 else {}
+            history.append({"step": step + 1, "loss": loss.item(), "minutes": (time.time() - start) / 60} | figures)
+            print(json.dumps(history[-1]), flush=True)
+            if step > 19:
+                save(model, args.out, history)
+
+
+def save(model: CLIPModel, out: Path, history: list[dict]) -> None:
+    """Writes both towers, the text tower alone, and the figures."""
+    model.save_pretrained(out / "clip")
+    text = CLIPTextModel.from_pretrained(out / "clip")
+    text.save_pretrained(out / "text_encoder")
+    (out / "clip.json").write_text(json.dumps({"zero_shot_test": history[-1], "history": history}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
