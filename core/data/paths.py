@@ -1,0 +1,73 @@
+"""Paths that a set names: what lies outside its folder is refused, whatever way it is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+
+from .records import PICTURES, Fault
+
+
+def unsafe(name: str) -> str | None:
+    """Why a relative name given by a set may not be followed (absolute, `..`, drive, NUL), or None when it may."""
+    if not name or "\0" in name:
+        return "the name is empty or holds a NUL byte"
+    if name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":"):
+        return "the path is absolute; paths must lie inside the set's folder"
+    if ".." in PurePosixPath(name.replace("\\", "/")).parts:
+        return "the path leaves the set's folder ('..')"
+    return None
+
+
+def inside(root: Path, name: str) -> tuple[str | None, str | None]:
+    """(path, None) of an existing file `name` inside `root`, or (None, reason); links that lead out are refused."""
+    reason = unsafe(name)
+    if reason:
+        return None, reason
+    path = os.path.join(root, name)
+    if not os.path.isfile(path):
+        return None, "there is no such file"
+    if not contains(root, path):
+        return None, "the path is a link that leads out of the set's folder"
+    return path, None
+
+
+def contains(root: Path, path: str) -> bool:
+    """Whether `path`, links followed, lies inside `root`, links followed."""
+    real = os.path.realpath(root)
+    return os.path.realpath(path).startswith(real.rstrip(os.sep) + os.sep)
+
+
+def is_picture(name: str) -> bool:
+    """Whether the extension is that of a picture, in any case."""
+    return os.path.splitext(name)[1].lower() in PICTURES
+
+
+def walk(root: Path, faults: list[Fault]) -> list[str]:
+    """Every file under `root` as a sorted list of relative POSIX paths, hidden ones left out.
+
+    Linked folders are not followed and links to files outside are not taken; both become faults.
+    """
+    found: list[str] = []
+    stack = [""]
+    while stack:
+        folder = stack.pop()
+        try:
+            entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
+        except OSError as error:
+            faults.append(Fault(folder or str(root), f"the folder cannot be read: {error.strerror}"))
+            continue
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                stack.append(name)
+            elif entry.is_symlink() and (entry.is_dir() or not entry.is_file() or not contains(root, entry.path)):
+                what = "is a linked folder, which is not followed" if entry.is_dir() else "is a link that leads nowhere"
+                if entry.is_file():
+                    what = "is a link that leads out of the set's folder"
+                faults.append(Fault(name, f"{what}; copy the files in"))
+            elif entry.is_file():
+                found.append(name)
+    return sorted(found)
