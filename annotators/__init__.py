@@ -1,4 +1,4 @@
-"""Annotators: picture to condition map. `ANNOTATORS` is the only table of names: a new condition is a file and a row."""
+"""Annotators: picture to condition map. `ANNOTATORS` is the only table of names: a condition is a file and a row."""
 
 from __future__ import annotations
 

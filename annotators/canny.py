@@ -40,7 +40,8 @@ class Canny(Annotator):
     def parse(cls, text: str = "", seed: int = 0) -> Annotator:
         """As in the contract; fixed and drawn thresholds exclude each other."""
         annotator = super().parse(text, seed)
-        if getattr(annotator.settings, "random", "none") != "none" and annotator.settings.model_fields_set & {"low", "high"}:
+        given = annotator.settings.model_fields_set
+        if "random" in given and given & {"low", "high"}:
             raise UsageError("canny random= draws both thresholds; leave out low= and high=, or random=.")
         return annotator
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.data.hints import render as render_hint
-from ..core.data.images import Geometry, decode_rgb
+from ..core.data.images import MIN_SIDE, BadImage, Geometry, decode_rgb
 from ..core.errors import UsageError
 from .base import Annotator
 from .color import enlarge
@@ -67,14 +67,16 @@ class Made:
     height: int
 
 
-def make(
-    data: bytes, name: str, key: str, annotators: Iterable[Annotator], size: Size, *, render: bool, image: bool
-) -> Made:
+def make(data: bytes, key: str, annotators: Iterable[Annotator], size: Size, *, render: bool, image: bool) -> Made:
     """Maps of one picture file, computed on exactly the pixels that are written or trained on.
 
     image: also give the picture where it must be written anew. Raises `BadImage`.
     """
-    pixels = size.apply(decode_rgb(data, name))
+    pixels = decode_rgb(data)
+    height, width = pixels.shape[:2]
+    if min(height, width) < MIN_SIDE:
+        raise BadImage(f"is {width}x{height}; sides under {MIN_SIDE} pixels show nothing to make a map of")
+    pixels = size.apply(pixels)
     height, width = pixels.shape[:2]
     maps: dict[str, bytes] = {}
     conditions: dict[str, Any] = {}

@@ -13,11 +13,12 @@ from typing import Any
 import cv2
 
 from ..core.data.images import BadImage, Geometry, decode_rgb
-from ..core.data.records import FileBlob, Record, Source
+from ..core.data.records import ANY, FileBlob, Record, Source
 from ..core.errors import UsageError
 from ..core.files import write_bytes
-from . import ANNOTATORS, parse_conditions
+from . import parse_conditions
 from .base import Annotator
+from .color import enlarge
 from .maps import encode_png
 from .pool import Beat, run_jobs
 
@@ -39,7 +40,7 @@ def ensure_maps(
     source: Source,
     conds: Iterable[str],
     size: int,
-    cache: Path,
+    cache: Path | None = None,
     *,
     seed: int = 0,
     jobs: int | None = None,
@@ -48,22 +49,15 @@ def ensure_maps(
     """A copy of `source` whose records carry a map of every condition, and how the maps were made.
 
     conds: names, with settings or without (`canny:low=50`). Maps that the set has are kept; missing ones are made on
-    the training pixels (`Geometry(size)`) in `cache`, under the picture's content, so a second call is quick. The
-    second value holds `Annotator.id` of each condition made here. Pictures that cannot be read keep no map.
+    the training pixels, all `size` x `size` (`Geometry(size)`), and kept in `cache` ($SCTOOL_CACHE, else
+    ~/.cache/sctool) under the picture's content, so a second call is quick. The second value
+    holds `Annotator.id` of each condition made here. Pictures that cannot be read keep no map.
     Raises `UsageError` for an unknown condition, or one that needs weights, naming the command that makes its maps.
     """
     wanted = list(conds)
-    names = [spec.partition(":")[0] for spec in wanted]
-    missing = [
-        spec
-        for spec, name in zip(wanted, names, strict=True)
-        if name in ANNOTATORS or not all(name in record.maps for record in source.records)
-    ]
-    annotators = tuple(
-        annotator
-        for annotator in (parse_conditions(missing, seed) if missing else ())
-        if not all(annotator.name in record.maps for record in source.records)
-    )
+    source = _named(source, wanted)
+    lacking = [spec for spec in wanted if any(spec.partition(":")[0] not in r.maps for r in source.records)]
+    annotators = parse_conditions(lacking, seed) if lacking else ()
     for annotator in annotators:
         if annotator.needs_weights:
             raise UsageError(
@@ -73,7 +67,7 @@ def ensure_maps(
     if not annotators:
         return source, {}
     todo = [
-        MapJob(tuple(source.records[start : start + CHUNK]), annotators, size, Path(cache))
+        MapJob(tuple(source.records[start : start + CHUNK]), annotators, size, cache or _cache())
         for start in range(0, len(source.records), CHUNK)
     ]
     workers = jobs or (len(os.sched_getaffinity(0)) if len(source.records) > IN_PROCESS else 1)
@@ -87,11 +81,28 @@ def ensure_maps(
     )
     maps = [made for chunk in found for made in chunk]
     records = [
-        replace(record, maps={**record.maps, **{cond: FileBlob(path) for cond, path in made.items()}})
+        replace(record, maps={**record.maps, **{cond: FileBlob(str(path)) for cond, path in made.items()}})
         for record, made in zip(source.records, maps, strict=True)
     ]
-    copy = Source(source.name, source.kind, records, source.faults, source.root)
-    return copy, {annotator.name: {**annotator.id, "opencv": cv2.__version__} for annotator in annotators}
+    return replace(source, records=records), {
+        annotator.name: {**annotator.id, "opencv": cv2.__version__} for annotator in annotators
+    }
+
+
+def _named(source: Source, wanted: list[str]) -> Source:
+    """The set with its unnamed map (a ControlNet `prompt.json`) under the one condition that is asked for."""
+    if len(wanted) != 1:
+        return source
+    name = wanted[0].partition(":")[0]
+    records = [
+        replace(record, maps={**record.maps, name: record.maps[ANY]}) if set(record.maps) == {ANY} else record
+        for record in source.records
+    ]
+    return replace(source, records=records)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("SCTOOL_CACHE") or Path.home() / ".cache" / "sctool")
 
 
 def make_maps(job: MapJob, beat: Beat) -> list[dict[str, Path]]:
@@ -117,8 +128,10 @@ def _maps_of(record: Record, annotators: list[Annotator], geometry: Geometry, jo
             path = job.cache / "maps" / annotator.name / name[:2] / f"{name}.png"
             if not path.exists():
                 if pixels is None:
-                    pixels = geometry.apply(decode_rgb(data, record.image.name))
+                    pixels = geometry.apply(decode_rgb(data))
                 ((made, _),) = annotator([pixels], [record.key])
+                if made.shape[:2] != (job.size, job.size):
+                    made = enlarge(made, job.size, job.size)  # no reader then takes it for a map of the whole picture
                 write_bytes(path, encode_png(made, bilevel=annotator.bilevel))
             paths[annotator.name] = path
     except (BadImage, OSError):

@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 
 from ..core.config import AnnotateConfig
-from ..core.data.records import Fault, FileBlob, Record, Source
+from ..core.data.records import PICTURES, Fault, FileBlob, Record, Source, TarBlob
 from ..core.data.sources import open_source
 from ..core.errors import SctoolError, UsageError
 from ..core.files import write_json, write_text
@@ -77,7 +77,9 @@ def annotate(
     }
     if not images:
         first = errors[0]
-        raise SctoolError(f"no picture could be annotated; first: {first['where']}: {first['reason']} (see {out}/errors.jsonl).")
+        raise SctoolError(
+            f"no picture could be annotated; first: {first['where']}: {first['reason']} (see {out}/errors.jsonl)."
+        )
     if errors and config.strict:
         raise SctoolError(
             f"{len(errors)} of {len(errors) + images} pictures could not be read (--strict); they are listed in "
@@ -138,9 +140,7 @@ def _listed(name: str, paths: list[Path]) -> Source:
             faults.append(Fault(str(given), "no such file"))
         else:
             key = path.relative_to(root).with_suffix("").as_posix()
-            records.append(
-                Record(key=key, image=FileBlob(path), text=None, maps={}, split=None, label=None, meta={})
-            )
+            records.append(Record(key, FileBlob(str(path), str(given))))
         seen.add(path)
     return Source(name=name, kind="textfolder", records=records, faults=faults, root=root)
 
@@ -158,8 +158,8 @@ def _jobs(
     shard = source.kind == "shards"
     units: dict[str, list[Record]] = {}
     for i, record in enumerate(records):
-        tar = getattr(record.image, "tar_path", None)
-        units.setdefault(Path(tar).stem if shard and tar else f"part-{i // CHUNK:05d}", []).append(record)
+        tar = record.image.tar if shard and isinstance(record.image, TarBlob) else None
+        units.setdefault(Path(tar).stem if tar else f"part-{i // CHUNK:05d}", []).append(record)
     names = _names(source, records)
     base = Job("", (), (), out, shard, config.layout == "merged", annotators, size, config.render, settings)
     return [
@@ -176,8 +176,9 @@ def _names(source: Source, records: list[Record]) -> dict[int, str]:
     names: dict[int, str] = {}
     taken: set[str] = set()
     for record in records:
-        path = getattr(record.image, "path", None)
-        suffix = os.path.splitext(record.image.name)[1].lower() or ".png"
+        path = record.image.path if isinstance(record.image, FileBlob) else None
+        suffix = os.path.splitext(record.image.name)[1].lower()
+        suffix = suffix if suffix in PICTURES else ".png"
         name = f"{record.key}{suffix}"
         if path is not None and source.root is not None and Path(path).is_relative_to(source.root):
             name = Path(path).relative_to(source.root).as_posix()
@@ -241,7 +242,9 @@ def _alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(f"another sctool annotate is writing to '{out}'. Wait for it, or choose another --out.") from error
+            raise UsageError(
+                f"another sctool annotate is writing to '{out}'. Wait for it, or choose another --out."
+            ) from error
         for part in out.rglob(".*.part"):
             part.unlink(missing_ok=True)
         yield

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.data.images import BadImage
-from ..core.data.records import Blob, Record
+from ..core.data.records import ANY, Blob, FileBlob, Record
 from ..core.files import replacing, write_bytes, write_text
 from .base import Annotator
 from .maps import Made, Size, make
@@ -58,15 +58,12 @@ class Job:
         return digest.hexdigest()
 
 
-def _stamp(blob: Blob) -> list[Any]:
-    path = getattr(blob, "path", None) or getattr(blob, "tar_path", None)
-    if path is None:
-        return [hashlib.sha256(blob.read()).hexdigest()]
+def _stamp(blob: Blob) -> str:
+    """What changes whenever the blob's bytes may have changed."""
     try:
-        status = os.stat(path)
+        return blob.stamp() or hashlib.sha256(blob.read()).hexdigest()
     except OSError:
-        return ["missing"]
-    return [status.st_size, status.st_mtime_ns, getattr(blob, "offset", 0)]
+        return "missing"
 
 
 def finished(job: Job) -> dict[str, Any] | None:
@@ -96,9 +93,7 @@ def annotate_unit(job: Job, beat: Beat) -> dict[str, Any]:
         for record, name in zip(job.records, job.names, strict=True):
             try:
                 data = record.image.read()
-                made = make(
-                    data, record.image.name, record.key, job.annotators, job.size, render=job.render, image=job.merged
-                )
+                made = make(data, record.key, job.annotators, job.size, render=job.render, image=job.merged)
             except (BadImage, OSError) as error:
                 errors.append({"where": record.image.name, "reason": str(getattr(error, "reason", error))})
             else:
@@ -166,13 +161,13 @@ class FolderWriter:
         if made.image is not None:
             name = name if name.endswith(".png") else f"{name.rpartition('.')[0]}.png"
             self._write(name, made.image)
-        elif not _link(getattr(record.image, "path", None), self.job.out / name):
+        elif not _link(record.image, self.job.out / name):
             self._write(name, data)
         else:
             self.files[name] = len(data)
         if self.job.size.kind == "none":
             for cond, blob in record.maps.items():
-                if cond not in maps:
+                if cond not in maps and cond != ANY:
                     maps[cond] = _map_name(cond, name)
                     self._write(maps[cond], blob.read())
         row = _row(record, name, made)
@@ -184,14 +179,14 @@ def _map_name(cond: str, name: str) -> str:
     return f"conditions/{cond}/{name.rpartition('.')[0]}.png"
 
 
-def _link(source: Path | None, target: Path) -> bool:
-    """Links `target` to the file `source`; False where that is not possible."""
-    if source is None:
+def _link(source: Blob, target: Path) -> bool:
+    """Links `target` to the file that `source` is; False where that is not possible."""
+    if not isinstance(source, FileBlob):
         return False
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(Path(source).resolve(), temporary)
+        os.link(os.path.realpath(source.path), temporary)
         os.replace(temporary, target)
     except OSError:
         return False
@@ -250,7 +245,7 @@ class ShardWriter:
             self._put("", f"{record.key}.json", json.dumps(meta, sort_keys=True, ensure_ascii=False).encode())
             if not resized:
                 for cond, blob in sorted(record.maps.items()):
-                    if cond not in made.maps:
+                    if cond not in made.maps and cond != ANY:
                         self._put("", f"{record.key}.{cond}.png", blob.read())
         for cond, png in made.maps.items():
             self._put(cond, f"{record.key}.{cond}.png", png)
