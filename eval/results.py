@@ -1,0 +1,115 @@
+"""Figures with their protocols. Figures of different protocols are never put side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import SctoolError
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number and everything that it depends on besides the model that drew the pictures."""
+
+    key: str
+    """Machine name, e.g. "fid" or "canny.f1@1px"."""
+    name: str
+    """Name in the table; says what it is, e.g. "FD (mini features)"."""
+    value: float
+    better: str
+    """"lower", "higher" or "" where neither is better."""
+    protocol: dict[str, Any]
+
+    @property
+    def protocol_id(self) -> str:
+        """Twelve hex digits of the protocol's hash."""
+        return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass
+class Column:
+    """The figures of one folder of pictures."""
+
+    label: str
+    folder: Path
+    count: int
+    figures: list[Figure] = field(default_factory=list)
+    faults: list[dict[str, str]] = field(default_factory=list)
+
+    def get(self, key: str) -> Figure | None:
+        """The figure of that key."""
+        return next((figure for figure in self.figures if figure.key == key), None)
+
+
+@dataclass
+class Results:
+    """What `evaluate` found: a column a folder, a cost profile for a run, and what the reader should know."""
+
+    target: str
+    columns: list[Column]
+    profile: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def value(self, label: str, key: str) -> float:
+        """One number, e.g. value("tuned", "canny.f1"). Raises `KeyError`."""
+        figure = next(column for column in self.columns if column.label == label).get(key)
+        if figure is None:
+            raise KeyError(key)
+        return figure.value
+
+    def rows(self) -> list[tuple[Figure, list[Figure | None]]]:
+        """One row a comparable figure: (its description, the columns' figures).
+
+        Figures of one name and different protocols stand in rows of their own.
+        """
+        rows: dict[tuple[str, str], list[Figure | None]] = {}
+        for index, column in enumerate(self.columns):
+            for figure in column.figures:
+                row = rows.setdefault((figure.key, figure.protocol_id), [None] * len(self.columns))
+                row[index] = figure
+        made = []
+        for row in rows.values():
+            present = [figure for figure in row if figure]
+            compare(*present)
+            made.append((present[0], row))
+        return made
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as one JSON value; figures name their protocol, which stands once under "protocols"."""
+        figures = [figure for column in self.columns for figure in column.figures]
+        return {
+            "target": self.target,
+            "folders": {
+                column.label: {
+                    "folder": str(column.folder),
+                    "count": column.count,
+                    "figures": {
+                        f.key: {"name": f.name, "value": f.value, "better": f.better, "protocol": f.protocol_id}
+                        for f in column.figures
+                    },
+                    "faults": column.faults,
+                }
+                for column in self.columns
+            },
+            "profile": self.profile,
+            "notes": self.notes,
+            "protocols": {figure.protocol_id: figure.protocol for figure in figures},
+        }
+
+
+def compare(*figures: Figure) -> Sequence[Figure]:
+    """The figures, if they may stand side by side. Raises `SctoolError` naming where their protocols differ."""
+    for other in figures[1:]:
+        if other.key != figures[0].key or other.protocol_id != figures[0].protocol_id:
+            keys = sorted(figures[0].protocol.keys() | other.protocol.keys())
+            differ = [k for k in keys if figures[0].protocol.get(k) != other.protocol.get(k)] or ["metric"]
+            raise SctoolError(
+                f"{figures[0].name} and {other.name} cannot be compared: {', '.join(differ)} differ. "
+                "Evaluate both in the same way."
+            )
+    return figures
