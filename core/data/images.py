@@ -71,6 +71,11 @@ def picture_size(source: Blob | bytes, name: str = "") -> tuple[int, int]:
     return (width, height) if _orientation(picture) >= 5 else (height, width)
 
 
+def too_small(height: int, width: int) -> str:
+    """The reason against a picture with too few pixels."""
+    return f"is {width}x{height} pixels, smaller than {MIN_SIDE} on a side"
+
+
 @contextmanager
 def _named(source: Blob | bytes, name: str) -> Iterator[None]:
     try:

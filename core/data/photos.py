@@ -160,7 +160,7 @@ class CropBlob(Blob):
         """PNG bytes of the crop."""
         left, top, right, bottom = self.box
         pixels = np.ascontiguousarray(_photo(self.path)[top:bottom, left:right, ::-1])
-        return cv2.imencode(".png", pixels)[1].tobytes()
+        return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
     def stamp(self) -> str | None:
         """The file's stamp and the box."""

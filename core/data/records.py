@@ -130,9 +130,9 @@ class Record:
     label: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def map_for(self, cond: str) -> Blob | None:
-        """The map for a condition: its own, else the one that the set names no condition for, else None."""
-        return self.maps.get(cond) or self.maps.get(ANY)
+    def map_for(self, cond: str, alone: bool = True) -> Blob | None:
+        """The map for a condition: its own, else, when it is asked `alone`, the map that names no condition."""
+        return self.maps.get(cond) or (self.maps.get(ANY) if alone else None)
 
 
 @dataclass(frozen=True)
