@@ -158,8 +158,10 @@ def _jobs(
     shard = source.kind == "shards"
     units: dict[str, list[Record]] = {}
     for i, record in enumerate(records):
-        tar = record.image.tar if shard and isinstance(record.image, TarBlob) else None
-        units.setdefault(Path(tar).stem if tar else f"part-{i // CHUNK:05d}", []).append(record)
+        unit = f"part-{i // CHUNK:05d}"
+        if shard and isinstance(record.image, TarBlob):
+            unit = Path(os.path.relpath(record.image.tar, source.root)).with_suffix("").as_posix()
+        units.setdefault(unit, []).append(record)
     names = _names(source, records)
     base = Job("", (), (), out, shard, config.layout == "merged", annotators, size, config.render, settings)
     return [
@@ -194,7 +196,7 @@ def _names(source: Source, records: list[Record]) -> dict[int, str]:
 
 def _output(config: AnnotateConfig, source: Source) -> Path:
     """The folder to write to. Raises `UsageError` where writing would change the source."""
-    out = Path(config.out) if config.out else Path("annotated") / source.name
+    out = Path(config.out) if config.out else Path("annotated") / (source.name or Path(config.src).resolve().name)
     if config.src not in ("-", "photos") and source.root is not None:
         root, target = source.root.resolve(), out.resolve()
         if target == root or (target.is_relative_to(root) and not Path(config.src).is_file()):

@@ -127,12 +127,24 @@ class Writer(Protocol):
 
 def _row(record: Record, name: str, made: Made) -> dict[str, Any]:
     """Columns that both layouts keep: the picture's own, then how its maps were made, as one JSON text."""
-    row: dict[str, Any] = {"file_name": name, "text": record.text, **record.meta}
+    kept = {k: v for k, v in record.meta.items() if not k.endswith("_file_name") and k not in record.maps}
+    row: dict[str, Any] = {"file_name": name, "text": record.text} | kept | {"file_name": name, "text": record.text}
     if record.split is not None:
         row.setdefault("split", record.split)
-    row["file_name"], row["text"] = name, record.text
-    row["conditions"] = json.dumps(made.conditions, sort_keys=True)
+    row["conditions"] = json.dumps(_conditions(record, made), sort_keys=True)
     return row
+
+
+def _conditions(record: Record, made: Made) -> dict[str, Any]:
+    """How all maps of the row were made: those made now, and those of an earlier run that are carried over."""
+    earlier = record.meta.get("conditions", {})
+    if isinstance(earlier, str):
+        try:
+            earlier = json.loads(earlier)
+        except ValueError:
+            earlier = {}
+    kept = {cond: how for cond, how in earlier.items() if cond in record.maps} if isinstance(earlier, dict) else {}
+    return {**kept, **made.conditions}
 
 
 class FolderWriter:
@@ -209,7 +221,7 @@ class ShardWriter:
         self.names = (
             dict.fromkeys(["", *conds], f"{job.unit}.tar")
             if job.merged
-            else {cond: f"conditions/{cond}/{job.unit}.tar" for cond in conds}
+            else {cond: f"conditions/{cond}/{job.unit.replace('/', '-')}.tar" for cond in conds}
         )
 
     def __enter__(self) -> ShardWriter:
@@ -241,7 +253,7 @@ class ShardWriter:
             image = made.image if suffix == ".png" and made.image is not None else data
             self._put("", f"{record.key}{suffix}", image)
             self._put("", f"{record.key}.txt", (record.text or "").encode())
-            meta = {**record.meta, "width": made.width, "height": made.height, "conditions": made.conditions}
+            meta = {**record.meta, "width": made.width, "height": made.height, "conditions": _conditions(record, made)}
             self._put("", f"{record.key}.json", json.dumps(meta, sort_keys=True, ensure_ascii=False).encode())
             if not resized:
                 for cond, blob in sorted(record.maps.items()):
@@ -249,4 +261,4 @@ class ShardWriter:
                         self._put("", f"{record.key}.{cond}.png", blob.read())
         for cond, png in made.maps.items():
             self._put(cond, f"{record.key}.{cond}.png", png)
-        return {"key": record.key, "conditions": json.dumps(made.conditions, sort_keys=True)}
+        return {"key": record.key, "conditions": json.dumps(_conditions(record, made), sort_keys=True)}

@@ -227,7 +227,7 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path, kind):
-    src = folder_of(tmp_path / "src", 700, 64) if kind == "folder" else shards_of(tmp_path / "src", 8, 80)
+    src = folder_of(tmp_path / "src", 330, 32) if kind == "folder" else shards_of(tmp_path / "src", 5, 40)
     go(src, tmp_path / "whole", jobs=1)
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "sctool", "annotate", str(src), "--cond", ALL[0], "--out", str(out), "-j", "1"]
@@ -246,7 +246,7 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, kind):
 
 @pytest.mark.parametrize(("number", "jobs", "code"), [(signal.SIGINT, "1", 130), (signal.SIGTERM, "2", 143)])
 def test_signals_end_with_a_word_on_how_to_resume(tmp_path, number, jobs, code):
-    src = shards_of(tmp_path / "src", 12, 60)
+    src = shards_of(tmp_path / "src", 8, 40)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "sctool", "annotate", str(src), "--cond", ALL[0], "--out", str(out), "-j", jobs]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
