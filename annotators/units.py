@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.data.images import BadImage
-from ..core.data.records import ANY, Blob, FileBlob, Record
-from ..core.files import replacing, write_bytes, write_text
+from ..core.data.records import ANY, Blob, Record
+from ..core.files import replacing, write_text
 from .base import Annotator
 from .maps import Made, Size, make
 from .pool import Beat
+from .small import link, write_small
 
 HIDDEN = ".sctool"
 """Folder of settings and markers in a written set; loaders of data sets skip hidden folders."""
@@ -160,7 +161,7 @@ class FolderWriter:
     def __exit__(self, *failure: Any) -> None: ...
 
     def _write(self, name: str, data: bytes) -> None:
-        write_bytes(self.job.out / name, data)
+        write_small(self.job.out / name, data)
         self.files[name] = len(data)
 
     def add(self, record: Record, name: str, data: bytes, made: Made) -> dict[str, Any]:
@@ -173,7 +174,7 @@ class FolderWriter:
         if made.image is not None:
             name = name if name.endswith(".png") else f"{name.rpartition('.')[0]}.png"
             self._write(name, made.image)
-        elif not _link(record.image, self.job.out / name):
+        elif not link(record.image, self.job.out / name):
             self._write(name, data)
         else:
             self.files[name] = len(data)
@@ -189,22 +190,6 @@ class FolderWriter:
 
 def _map_name(cond: str, name: str) -> str:
     return f"conditions/{cond}/{name.rpartition('.')[0]}.png"
-
-
-def _link(source: Blob, target: Path) -> bool:
-    """Links `target` to the file that `source` is; False where that is not possible."""
-    if not isinstance(source, FileBlob):
-        return False
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(os.path.realpath(source.path), temporary)
-        os.replace(temporary, target)
-    except OSError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)  # renaming onto a link to the same file leaves both
-    return True
 
 
 class ShardWriter:
