@@ -83,14 +83,14 @@ def _kind(given: Path, names: list[str], only: str | None) -> tuple[str, list[st
         found = [name for name in names if name == table or _in_split(name, table)]
         if found:
             return kind, found
-    shards = [name for name in names if name.lower().endswith(".tar") and ("/" not in name or _in_split(name))]
+    shards = [name for name in names if name.lower().endswith(".tar") and not _is_map_folder(name)]
     return ("shards", shards) if shards else ("textfolder", [])
 
 
-def _in_split(name: str, file: str | None = None) -> bool:
-    """Whether `name` is a file (of that name) directly in a folder named as a split."""
+def _in_split(name: str, file: str) -> bool:
+    """Whether `name` is that file directly in a folder named as a split."""
     folder, _, last = name.rpartition("/")
-    return split_name(folder) is not None and file in (None, last)
+    return split_name(folder) is not None and last == file
 
 
 def _nothing(given: Path, names: list[str], faults: list[Fault]) -> str:
@@ -183,7 +183,7 @@ def _shards(root: Path, names: list[str], faults: list[Fault]) -> list[Record]:
     for name in names:
         found, wrong = read_shard(root / name)
         faults += wrong
-        split = split_name(name.rpartition("/")[0])
+        split = split_name(name.rpartition("/")[0].split("/")[0])
         records += [replace(record, split=split) if split and not record.split else record for record in found]
     return records
 
