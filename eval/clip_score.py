@@ -45,7 +45,9 @@ class ClipScore:
         return {"cos": cos, "100": 100 * cos, "w2.5": W * self._positive / self.n}
 
 
-def find_weights(model: str, weights: str | None, offline: bool, *, local_only: bool = False) -> tuple[Path, bool] | None:
+def find_weights(
+    model: str, weights: str | None, offline: bool, *, local_only: bool = False
+) -> tuple[Path, bool] | None:
     """The weight file of an open_clip model, and whether it was trained with the quick GELU.
 
     `weights` is a file or one of open_clip's tags. None where `local_only` and they are not in the cache.

@@ -40,7 +40,7 @@ class ControlScore(ABC):
 
     @abstractmethod
     def update(self, picture: np.ndarray, hint: np.ndarray, key: str = "") -> None:
-        """Adds a drawn picture, uint8 (H, W, 3), and its hint, (H, W) or (H, W, 3). Raises `SctoolError` for other sizes."""
+        """Adds a drawn picture and its hint, both uint8 (H, W, 3). Raises `SctoolError` when their sizes differ."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
@@ -73,12 +73,12 @@ class ColorScore(ControlScore):
         self._sum = 0.0
 
     def update(self, picture: np.ndarray, hint: np.ndarray, key: str = "") -> None:
-        """Compares palettes with as many cells as the hint shows, so that a hint resized with its picture still fits."""
+        """Compares palettes with as many cells as the hint shows: a hint resized with its picture still fits."""
         self._fits(picture, hint)
-        rows, columns = _starts(hint, 0), _starts(hint, 1)
+        rows, columns = cells(hint)
         filter = FILTERS[getattr(self.annotator.settings, "filter", "cubic")]
-        palette = cv2.resize(picture, (len(columns), len(rows)), interpolation=filter).reshape(len(rows), len(columns), 3)
-        wanted = hint[np.ix_(rows, columns)]
+        palette = cv2.resize(picture, (columns, rows), interpolation=filter)
+        wanted = cv2.resize(hint, (columns, rows), interpolation=cv2.INTER_NEAREST)
         self._sum += float(np.abs(palette.astype(np.float64) - wanted).mean())
         self.n += 1
 
@@ -94,10 +94,26 @@ class ColorScore(ControlScore):
         return {"distance": self._sum / self.n}
 
 
-def _starts(hint: np.ndarray, axis: int) -> np.ndarray:
-    """The first row (axis 0) or column (axis 1) of every cell of an enlarged palette (H, W, 3)."""
+def cells(hint: np.ndarray) -> tuple[int, int]:
+    """How many rows and columns of equal, about square cells an enlarged palette (H, W, 3) consists of.
+
+    The fewest that explain every change of colour; neighbours may have one colour, so the finer axis decides.
+    """
+    sides = hint.shape[:2]
+    finest = min(side / _fewest(hint, axis) for axis, side in enumerate(sides))
+    return max(1, round(sides[0] / finest)), max(1, round(sides[1] / finest))
+
+
+def _fewest(hint: np.ndarray, axis: int) -> int:
+    """The fewest equal cells along `axis` with a border at each change."""
     lines = np.moveaxis(hint, axis, 0).reshape(hint.shape[axis], -1)
-    return np.flatnonzero(np.r_[True, (lines[1:] != lines[:-1]).any(1)])
+    changes = np.flatnonzero((lines[1:] != lines[:-1]).any(1))
+    place = np.arange(len(lines))
+    for count in range(1 + bool(len(changes)), len(lines)):
+        cell = place * count // len(lines)  # as nearest-neighbour enlargement does
+        if (cell[changes] != cell[changes + 1]).all():
+            return count
+    return len(lines)
 
 
 class OutsideScore(ControlScore):

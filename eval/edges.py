@@ -18,9 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .conditions import ControlScore, measures
-
-__all__ = ["EdgeScore", "measures", "tolerance"]
+from .conditions import ControlScore
 
 TOLERANCE = 0.004
 """Share of the diagonal within which an edge pixel counts as found."""

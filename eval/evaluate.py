@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..core.config import SampleConfig
 from ..core.data.images import BadImage
 from ..core.errors import SctoolError, UsageError
-from ..core.files import sha256
 from ..core.progress import Progress
 from .clip_models import ClipModel
 from .clip_score import ClipScore, choose_clip
 from .conditions import scores
 from .features import Extractor, choose_features
-from .frechet import FrechetStats, Moments, frechet_distance, small_sample_note
+from .frechet import FrechetStats, frechet_distance, small_sample_note
 from .heldout import best_device, sample_heldout
+from .references import BATCH, References, file_hash, same_size
 from .results import Column, Figure, Results
-from .targets import SampleFolder, Target, digest, inside, read_picture, reference_pictures, require, resolve
+from .targets import SampleFolder, Target, digest, read_picture, require, resolve
 
-METRICS = ("fid", "clip", "nmse", "profile")
-BATCH = 16
+DEFAULT_COUNT = 200
 LABELS = {
     "nmse": "NMSE",
     "nmse_median": "NMSE, median picture",
@@ -47,9 +45,10 @@ class Options:
     clip_weights: str | None = None
     reference: str | None = None
     offline: bool = False
+    save_stats: Path | None = None
     count: int | None = None
     sampling: SampleConfig | None = None
-    seed: int = 0
+    seed: int | None = None
     quiet: bool = False
 
     def wants(self, metric: str) -> bool:
@@ -71,28 +70,50 @@ def evaluate(target: str | Path | None = None, options: Options | None = None, *
 
 
 def _with_samples(target: Target, options: Options, progress: Progress) -> Target:
-    """The target with its run's samples drawn: where there are none, fewer than asked for, or the tuner is newer."""
+    """The target with its run's held-out samples, drawn now where those that it has will not do."""
     run = target.run
-    if run is None or options.metrics == ("profile",):
+    drawing = options.count, options.sampling, options.seed
+    if run is None:
+        if any(value is not None for value in drawing):
+            raise UsageError(
+                f"--count, --steps, --guidance and --seed are for drawing a run's samples; {target.path} is no run."
+            )
         return target
     if not run.tuner.is_file():
         raise UsageError(f"{run.path} has no trained tuner yet. Finish its training: the same `sctool train` again.")
-    listed = run.samples / "tuned" / "metadata.jsonl"
-    fewest = min((len(folder.rows) for folder in target.folders), default=0)
-    stale = listed.is_file() and listed.stat().st_mtime < run.tuner.stat().st_mtime
-    if len(target.folders) == 2 and not stale and fewest >= (options.count or 1):
+    if options.metrics == ("profile",):
         return target
-    why = "the tuner is newer than its samples" if stale else f"{run.name} has {fewest or 'no'} held-out samples"
+    why = _why_draw(target, options)
+    if why is None:
+        return target
     progress.note(f"{why}: drawing held-out pictures with the base and with the tuner")
     sample_heldout(
         run,
-        count=options.count or 200,
+        count=options.count or DEFAULT_COUNT,
         sampling=options.sampling,
-        seed=options.seed,
+        seed=options.seed or 0,
         quiet=options.quiet,
         offline=options.offline,
     )
     return resolve(run.path)
+
+
+def _why_draw(target: Target, options: Options) -> str | None:
+    """Why the run's samples must be drawn (again); None where they will do."""
+    run, folders, wanted = target.run, target.folders, options.sampling
+    assert run is not None
+    if len(folders) < 2:
+        return f"{run.name} has no held-out samples"
+    if (run.samples / "tuned" / "metadata.jsonl").stat().st_mtime < run.tuner.stat().st_mtime:
+        return "the tuner is newer than its samples"
+    if options.count is not None and min(len(folder.rows) for folder in folders) < options.count:
+        return f"{run.name} has fewer than {options.count} held-out samples"
+    if options.seed is not None and any(folder.rows[0].get("seed") != options.seed for folder in folders):
+        return f"the samples have other seeds than {options.seed}"
+    for name in ("steps", "guidance") if wanted else ():
+        if any(folder.sampling.get(name) != getattr(wanted, name) for folder in folders):
+            return f"the samples have another {name} than {getattr(wanted, name)}"
+    return None
 
 
 class _Evaluation:
@@ -103,7 +124,7 @@ class _Evaluation:
         self.notes: list[str] = []
         self.device = best_device()
         self.base = next((folder.base for folder in target.folders if folder.base), None)
-        self.references: dict[str, tuple[Moments, dict[str, Any]]] = {}
+        self.references: References | None = None
 
     def note(self, text: str) -> None:
         """Tells the user now and keeps it for the report."""
@@ -117,6 +138,8 @@ class _Evaluation:
         if any(options.wants(metric) for metric in ("fid", "clip", "nmse")):
             applies = self._applies()
             extractor = self._model("fid", self._extractor) if "fid" in applies else None
+            if extractor:
+                self.references = References(extractor, options.reference, options.save_stats, self.progress)
             clip = self._model("clip", self._clip) if "clip" in applies else None
             faults = [self._faults(folder) for folder in self.target.folders]
             bad = {name for found in faults for name in found}
@@ -128,7 +151,7 @@ class _Evaluation:
                 column.faults += [{"file": name, "reason": reason} for name, reason in found.items()]
                 self._measure(folder, rows, column, extractor, clip, "nmse" in applies)
                 columns.append(column)
-        profile = self._profile() if options.wants("profile") else None
+        profile = self._model("profile", self._profile) if options.wants("profile") else None
         if not profile and not any(column.figures for column in columns):
             raise SctoolError(f"nothing could be measured on {self.target.name}: " + " ".join(self.notes))
         return Results(str(self.target.path), columns, profile, self.notes)
@@ -159,10 +182,8 @@ class _Evaluation:
         """A metric's model; where the metric was not asked for by name, None and a note when it cannot be had."""
         try:
             return load()
-        except UsageError:
-            raise
         except SctoolError as error:
-            if metric in self.options.metrics:
+            if metric in self.options.metrics or (isinstance(error, UsageError) and metric != "profile"):
                 raise
             self.note(f"--{metric} left out: {error}")
             return None
@@ -186,7 +207,7 @@ class _Evaluation:
         )
 
     def _faults(self, folder: SampleFolder) -> dict[str, str]:
-        """Pictures that cannot be read, with the reason. They are left out of every folder, so that pairs stay pairs."""
+        """Pictures that cannot be read, and why. They are left out of every folder, so that pairs stay pairs."""
         found = {}
         for row in folder.rows:
             try:
@@ -263,43 +284,14 @@ class _Evaluation:
         shared: dict[str, Any],
         column: Column,
     ) -> Figure:
-        moments, reference = self._reference(folder, rows, extractor, column)
+        assert self.references is not None
+        moments, reference = self.references.of(folder, rows, column)
         note = small_sample_note(extractor.label, min(stats.n, moments.n or stats.n), extractor.dim)
         if note:
             self.note(note)
         protocol = {"metric": extractor.label, **extractor.protocol, "reference": reference, **shared}
         value = frechet_distance(stats.compute(), moments)
         return Figure(extractor.key, extractor.label, value, "lower", protocol)
-
-    def _reference(
-        self, folder: SampleFolder, rows: list[dict[str, Any]], extractor: Extractor, column: Column
-    ) -> tuple[Moments, dict[str, Any]]:
-        """Moments of the real pictures and what identifies them; computed once for folders that share them."""
-        given = self.options.reference
-        if given is not None and Path(given).is_file():
-            moments = Moments.load(given)
-            if len(moments.mu) != extractor.dim:
-                raise UsageError(
-                    f"--reference {given} holds {len(moments.mu)} dimensions; {extractor.name} features have "
-                    f"{extractor.dim}. Statistics and --features must be of the same extractor."
-                )
-            return moments, {"n": moments.n, "statistics_sha256": sha256(given)}
-        if given is not None and not Path(given).is_dir():
-            raise UsageError(f"--reference {given}: no such folder or statistics file.")
-        names = [row["reference"] for row in rows] if given is None else []
-        key = given or digest([_file_hash(folder.path, name) for name in names])
-        if key not in self.references:
-            stats, used = FrechetStats(extractor.dim), 0
-            pictures = reference_pictures(Path(given)) if given else _listed(folder.path, names)
-            with self.progress.counting(len(names), "measuring references") as advance:
-                for group in batched(pictures, column):
-                    for _, tensor in same_size(group):
-                        stats.update(extractor(tensor))
-                    used += len(group)
-                    advance(len(group))
-            identity = key if given is None else digest(_folder_hashes(Path(given)))
-            self.references[key] = stats.compute(), {"n": used, "pictures_sha256": identity}
-        return self.references[key]
 
     def _clip_figures(self, clip: ClipModel, score: ClipScore, shared: dict[str, Any]) -> list[Figure]:
         mark, stem = (f" ({clip.label})", f"clip_{clip.label}") if clip.label else ("", "clip")
@@ -323,7 +315,7 @@ class _Evaluation:
         except SctoolError as error:
             self.note(str(error))
             return []
-        hints = digest([_file_hash(folder.path, row["hints"][cond]) for row in rows if cond in (row.get("hints") or {})])
+        hints = digest([file_hash(folder.path, row["hints"][cond]) for row in rows if cond in (row.get("hints") or {})])
         protocol = {"metric": f"{cond} adherence", **meter.protocol, "hints_sha256": hints, **shared, "n": meter.n}
         return [
             Figure(f"{cond}.{key}", f"{cond} {LABELS.get(key, key.upper())}", value, meter.better[key], protocol)
@@ -339,46 +331,3 @@ class _Evaluation:
 
         self.progress.note("timing base and tuned model")
         return profile(run, offline=self.options.offline, device=self.device)
-
-
-def same_size(pictures: Sequence[np.ndarray]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """(indices, uint8 (B, 3, H, W)) of pictures (H, W, 3), one group a size."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, picture in enumerate(pictures):
-        groups.setdefault(picture.shape, []).append(index)
-    for indices in groups.values():
-        yield indices, torch.from_numpy(np.stack([pictures[i] for i in indices])).permute(0, 3, 1, 2)
-
-
-def batched(pictures: Iterator[tuple[str, np.ndarray | str]], column: Column) -> Iterator[list[np.ndarray]]:
-    """Pictures in batches; what cannot be read goes to the column's faults."""
-    group: list[np.ndarray] = []
-    for name, picture in pictures:
-        if isinstance(picture, str):
-            column.faults.append({"file": name, "reason": picture})
-            continue
-        group.append(picture)
-        if len(group) == BATCH:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _listed(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray | str]]:
-    for name in names:
-        try:
-            yield name, read_picture(folder, name)
-        except BadImage as error:
-            yield name, str(error)
-
-
-def _file_hash(folder: Path, name: str) -> str:
-    try:
-        return sha256(inside(folder, name))
-    except (OSError, BadImage):
-        return "unreadable"
-
-
-def _folder_hashes(folder: Path) -> list[str]:
-    return [sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()]

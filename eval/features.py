@@ -169,7 +169,9 @@ def choose_features(
     if kind not in FEATURES:
         raise unknown("--features value", kind, FEATURES)
     if kind == "mini" and weights is not None:
-        raise UsageError("--weights are Inception weights; --features mini does not use them. Leave out one of the two.")
+        raise UsageError(
+            "--weights are Inception weights, which --features mini does not use. Leave out one of the two."
+        )
     if kind == "mini":
         return MiniFeatures(mini())
     at_hand = weights is not None or inception_cache().is_file()

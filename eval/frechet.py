@@ -124,9 +124,11 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 def _trace_of_features(a: Moments, b: Moments) -> float:
     """tr (S1 S2)^(1/2) as the nuclear norm of X Y^T / sqrt((n-1)(m-1)), X (n, D) and Y (m, D) centred."""
-    assert a.centred is not None and b.centred is not None and a.n and b.n
-    product = torch.from_numpy(a.centred) @ torch.from_numpy(b.centred).T
-    return float(torch.linalg.svdvals(product).sum() / np.sqrt((a.n - 1) * (b.n - 1)))
+    x, y = a.centred, b.centred
+    assert x is not None
+    assert y is not None
+    product = torch.from_numpy(x) @ torch.from_numpy(y).T
+    return float(torch.linalg.svdvals(product).sum() / np.sqrt((len(x) - 1) * (len(y) - 1)))
 
 
 def _trace_of_covariances(first: np.ndarray, second: np.ndarray) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,11 @@ def resolve(target: str | Path | None, runs: str | Path = "runs", *, bare: bool 
     bare: accept pictures without metadata.jsonl. A run without samples has no folders yet.
     Raises `UsageError` that says what is missing and how to get it.
     """
-    if target is not None:
+    if target is not None and not is_run(target):
         path = Path(target).expanduser()
-        if path.is_dir() and not (path / "config.yaml").is_file():
-            found = [path] if (path / "metadata.jsonl").is_file() else _within(path)
-            if found:
-                return Target(str(target), path, None, [read_folder(each) for each in found])
-            return Target(str(target), path, None, [_bare_folder(path, bare)])
+        found = [path] if (path / "metadata.jsonl").is_file() else _within(path)
+        folders = [read_folder(each) for each in found] or [_bare_folder(path, bare)]
+        return Target(str(target), path, None, folders)
     run = find_run(target, runs)
     return Target(run.name, run.path, run, [read_folder(each) for each in _within(run.samples)])
 
@@ -74,6 +72,12 @@ def resolve(target: str | Path | None, runs: str | Path = "runs", *, bare: bool 
 def _within(path: Path) -> list[Path]:
     """The complete sample folders in `path`, base first."""
     return [path / kind for kind in KINDS if (path / kind / "metadata.jsonl").is_file()]
+
+
+def is_run(target: str | Path | None) -> bool:
+    """Whether the target means a run: nothing, a run folder, or a name that is no folder here."""
+    path = Path(target).expanduser() if target is not None else None
+    return path is None or not path.is_dir() or (path / "config.yaml").is_file()
 
 
 def _bare_folder(path: Path, allowed: bool) -> SampleFolder:
@@ -124,18 +128,6 @@ def read_picture(folder: Path, name: str) -> np.ndarray:
         return decode_rgb(inside(folder, name).read_bytes())
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
-
-
-def reference_pictures(folder: Path) -> Iterator[tuple[str, np.ndarray | str]]:
-    """(name, picture or the reason why it is none) of every picture below `folder`. Raises `UsageError` for none."""
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-    if not names:
-        raise UsageError(f"--reference {folder} holds no pictures.")
-    for name in names:
-        try:
-            yield name, read_picture(folder, name)
-        except BadImage as error:
-            yield name, str(error)
 
 
 def short_seeds(seeds: Sequence[Any]) -> str:

@@ -1,0 +1,106 @@
+"""`sctool evaluate`: pictures in, numbers with their protocols out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..core.config import SampleConfig
+from ..core.config import resolve as resolve_config
+from ..core.errors import UsageError
+
+
+def evaluate(
+    target: Annotated[
+        str | None, typer.Argument(help="Samples folder, run folder, or run name. [default: the latest run]")
+    ] = None,
+    fid: Annotated[bool, typer.Option("--fid", help="Fréchet distance to the reference pictures.")] = False,
+    clip: Annotated[bool, typer.Option("--clip", help="CLIP score against the prompts.")] = False,
+    nmse: Annotated[
+        bool, typer.Option("--nmse", help="How far the pictures keep to their hints: NMSE and F1 of edges, and others.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Parameters, step times and peak memory against the base.")
+    ] = False,
+    features: Annotated[
+        str, typer.Option(help="auto, inception, or mini (the embedded CLIP; its figures are named so).")
+    ] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help="pytorch-fid's Inception weights. [default: torch's cache, else a download]")
+    ] = None,
+    clip_model: Annotated[
+        str | None, typer.Option(help="open_clip model name, or a folder. [default: ViT-L-14]")
+    ] = None,
+    clip_weights: Annotated[
+        str | None, typer.Option(help="Its weight file, or an open_clip tag. [default: openai, cached or downloaded]")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Folder of real pictures, or .npz with mu and sigma. [default: the samples' own]")
+    ] = None,
+    save_stats: Annotated[
+        Path | None, typer.Option(help="Also write the reference statistics as .npz, for --reference.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=2, help="Held-out pictures to draw where a run has fewer. [default: 200]")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance of pictures drawn now. [default: the run's]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps of pictures drawn now. [default: 50]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture drawn now. [default: 0]")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of evaluation.json and evaluation.md. [default: beside the samples]")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Measure drawn pictures; with no metric named, everything that applies.
+
+    Held-out pictures of a run that has none are drawn first, by the base and by the tuned model.
+
+    Examples:
+
+      sctool evaluate                                     the latest run, all metrics
+
+      sctool evaluate runs/edges --nmse --profile --json
+
+      sctool evaluate samples --fid --reference photos --weights pt_inception-2015-12-05-6726825d.pth
+    """
+    chosen = {"fid": fid, "clip": clip, "nmse": nmse, "profile": profile}
+    if save_stats and not (fid or not any(chosen.values())):
+        raise UsageError("--save-stats keeps the statistics of --fid; add --fid.")
+    sampling: dict[str, Any] = {"guidance": guidance, "steps": steps}
+    drawn = any(value is not None for value in sampling.values())
+
+    from ..core.runs import find_run
+    from ..eval.evaluate import Options
+    from ..eval.evaluate import evaluate as measure
+    from ..eval.report import show, write
+    from ..eval.targets import is_run
+
+    if drawn and is_run(target):
+        sampling["guidance"] = guidance if guidance is not None else find_run(target, runs).config.guidance
+    options = Options(
+        metrics=tuple(name for name, wanted in chosen.items() if wanted),
+        features=features,
+        weights=weights,
+        clip_model=clip_model,
+        clip_weights=clip_weights,
+        reference=reference,
+        save_stats=save_stats,
+        offline=offline,
+        count=count,
+        sampling=resolve_config(SampleConfig, flags=sampling) if drawn else None,
+        seed=seed,
+        quiet=quiet,
+    )
+    results = measure(target, options, runs=runs)
+    files = write(results, out or results.target)
+    if as_json:
+        print(json.dumps(results.to_json()))
+        return
+    show(results)
+    print("\n".join(str(file) for file in files))

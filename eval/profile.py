@@ -1,0 +1,210 @@
+"""What a run's tuner costs against its base alone: parameters, step times, peak memory, measured in turns in one run.
+
+Both models get the same random latents, prompts and hints. A training step is one forward and backward pass (for the
+base alone: of all its weights, as full fine-tuning does it; without the optimizer); a sampling step is one prediction
+of a batch doubled for guidance, its hint already encoded, as in every step after the first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.runs import Run
+
+STEPS = 2
+REPEATS = 5
+PATIENCE = 60.0
+"""Seconds after which no further repeat is begun."""
+ROUNDS = 3
+"""Repeats that are made however long they take."""
+
+
+class Memory:
+    """Peak bytes of one piece of work: allocated on the GPU, resident in the process on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.kind = "cuda allocated" if device == "cuda" else "resident set"
+
+    def of(self, work: Callable[[], object]) -> int | None:
+        """Peak in bytes while `work` runs; None where the system cannot reset the process's high-water mark."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        if not _reset_peak():
+            return None
+        work()
+        return _peak_resident()
+
+
+def _reset_peak() -> bool:
+    """Gives freed memory back to the system and resets the resident set's high-water mark (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_resident() -> int:
+    """VmHWM in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_turns(
+    works: dict[str, Callable[[], float]], repeats: int = REPEATS, patience: float = PATIENCE
+) -> dict[str, float]:
+    """Median of the seconds that each piece of work gives; they take turns, so that a busy machine slows all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():  # the first run pays for allocations
+        work()
+    began = time.perf_counter()
+    for number in range(repeats):
+        if number >= min(ROUNDS, repeats) and time.perf_counter() - began > patience:
+            break
+        for name in works if number % 2 == 0 else reversed(works):
+            seconds[name].append(works[name]())
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class _Bench:
+    """Base and tuned model on the same inputs."""
+
+    def __init__(self, backbone: Any, tuner: Any, size: int, batch: int) -> None:
+        g = torch.Generator().manual_seed(0)
+        side, channels = size // backbone.vae_scale, backbone.latent_channels
+        self.backbone, self.tuner, self.denoiser = backbone, tuner, backbone.denoiser
+        device = backbone.device
+        self.latents = torch.randn((batch, channels, side, side), generator=g).to(device)
+        self.t = torch.full((batch,), 500, device=device)
+        self.text = dict(backbone.encode_text(["a photo"] * batch))
+        ids = backbone.time_ids(batch, size)
+        if ids is not None:
+            self.text["time_ids"] = ids
+        edges = (torch.rand((batch, 3, size, size), generator=g) > 0.9).float().to(device)
+        self.hints = {name: edges for name in tuner.conditions} or None
+        # Doubled tensors are made once: the hint is encoded again only when another tensor comes.
+        self.doubled = torch.cat([self.latents] * 2), torch.cat([self.t] * 2)
+        self.doubled_text = {key: torch.cat([value] * 2) for key, value in self.text.items()}
+
+    def train(self, tuned: bool) -> float:
+        """Seconds of one forward and backward pass."""
+        model = self._model(tuned)
+        if not tuned:
+            self.denoiser.requires_grad_(True)
+        try:
+            start = self._now()
+            out = model(self.latents, self.t, self.text, self.hints if tuned else None)
+            out.float().square().mean().backward()
+            return self._now() - start
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.attachment.detach()
+            self.denoiser.requires_grad_(False)
+
+    @torch.no_grad()
+    def sample(self, tuned: bool) -> float:
+        """Seconds of one prediction, of `STEPS` in a row."""
+        model = self._model(tuned).eval()
+        inputs = (*self.doubled, self.doubled_text, self.hints if tuned else None)
+        try:
+            model(*inputs)  # encodes the hint
+            start = self._now()
+            for _ in range(STEPS):
+                model(*inputs)
+            return (self._now() - start) / STEPS
+        finally:
+            model.attachment.detach()
+
+    def _now(self) -> float:
+        if self.denoiser.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _model(self, tuned: bool) -> Any:
+        from ..core.sites import TunedBackbone
+
+        return TunedBackbone(self.denoiser, *([self.tuner] if tuned else []))
+
+
+def profile(
+    run: Run, *, batch: int = 4, device: str = "cpu", offline: bool = False, patience: float = PATIENCE
+) -> dict[str, Any]:
+    """Costs of the run's tuner and of its base alone, and their ratios, as one JSON value.
+
+    {"parameters": {"trainable", "stored", "total", "base"}, "base"/"tuned": {"train_step_s", "sample_step_s",
+    "train_peak_bytes", "sample_peak_bytes"}, "ratio": tuned over base, "protocol"}. Times are medians.
+    """
+    from ..core.backbones import load_backbone
+    from ..core.checkpoint import load_tuner
+
+    config = run.config
+    backbone = load_backbone(config.base, device=device, offline=offline)
+    tuner = load_tuner(run.tuner, backbone)
+    size = config.size or backbone.resolution
+    bench = _Bench(backbone, tuner, size, batch)
+    models = {"base": False, "tuned": True}
+    trains = {name: partial(bench.train, tuned) for name, tuned in models.items()}
+    samplings = {name: partial(bench.sample, tuned) for name, tuned in models.items()}
+    found: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for name, seconds in in_turns(trains, patience=patience).items():
+        found[name]["train_step_s"] = seconds
+    for name, seconds in in_turns(samplings, patience=patience).items():
+        found[name]["sample_step_s"] = seconds
+    memory = Memory(device)
+    for name in models:
+        found[name]["train_peak_bytes"] = memory.of(trains[name])
+        found[name]["sample_peak_bytes"] = memory.of(samplings[name])
+    both = found["base"].keys()
+    ratio = {k: found["tuned"][k] / found["base"][k] for k in both if found["base"][k] and found["tuned"][k]}
+    return {
+        "method": tuner.method,
+        "parameters": parameters(backbone.denoiser, tuner),
+        **found,
+        "ratio": ratio,
+        "protocol": {
+            "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "dtype": str(backbone.denoiser.dtype).removeprefix("torch."),
+            "size": size,
+            "batch": batch,
+            "memory": memory.kind,
+            "train_step": "forward and backward, no optimizer; base: all its weights",
+            "sample_step": "one prediction, batch doubled for guidance, hint already encoded",
+            "base_hash": backbone.hash,
+        },
+    }
+
+
+def parameters(denoiser: torch.nn.Module, tuner: Any) -> dict[str, int]:
+    """Counts: the tuner's "trainable" and "stored" (its file's numbers), "base", and "total" of both together."""
+    own = sum(p.numel() for p in tuner.parameters())
+    base = sum(p.numel() for p in denoiser.parameters())
+    return {
+        "trainable": own,
+        "stored": sum(value.numel() for value in tuner.state_dict().values()),
+        "base": base,
+        # A tuner of weights stands in their place; one of skips is added to them.
+        "total": base if tuner.kind == "weights" else base + own,
+    }

@@ -1,0 +1,103 @@
+"""Statistics of the real pictures that samples are compared to: the samples' own references, a folder, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.data.images import BadImage
+from ..core.errors import UsageError
+from ..core.files import sha256
+from ..core.progress import Progress
+from .features import Extractor
+from .frechet import FrechetStats, Moments
+from .results import Column
+from .targets import PICTURES, SampleFolder, digest, inside, read_picture
+
+BATCH = 16
+
+
+class References:
+    """Moments of real pictures under one extractor; computed once for folders that share their references."""
+
+    def __init__(self, extractor: Extractor, given: str | None, save: Path | None, progress: Progress) -> None:
+        """`given` is a folder of pictures or an .npz of moments; the folders' own references for None.
+
+        `save` is where to keep the moments. Raises `UsageError` where `given` is missing or of another extractor.
+        """
+        self.extractor, self.save, self.progress = extractor, save, progress
+        self._found: dict[str, tuple[Moments, dict[str, Any]]] = {}
+        self.given = Path(given).expanduser() if given is not None else None
+        self.fixed = self._from_file(self.given) if self.given is not None and self.given.is_file() else None
+        if self.given is not None and not self.given.exists():
+            raise UsageError(f"--reference {given}: no such folder or statistics file.")
+
+    def _from_file(self, file: Path) -> tuple[Moments, dict[str, Any]]:
+        moments, extractor = Moments.load(file), self.extractor
+        if len(moments.mu) != extractor.dim:
+            raise UsageError(
+                f"--reference {file} holds {len(moments.mu)} dimensions; {extractor.name} features have "
+                f"{extractor.dim}. Statistics and --features must be of the same extractor."
+            )
+        return moments, {"n": moments.n, "statistics_sha256": sha256(file)}
+
+    def of(
+        self, folder: SampleFolder, rows: Sequence[dict[str, Any]], column: Column
+    ) -> tuple[Moments, dict[str, Any]]:
+        """Moments for the samples `rows` of `folder`, and what identifies the real pictures.
+
+        Pictures that cannot be read are listed in the column's faults.
+        """
+        if self.fixed:
+            return self.fixed
+        root = self.given or folder.path
+        names = picture_names(root) if self.given else [row["reference"] for row in rows]
+        if not names:
+            raise UsageError(f"--reference {root} holds no pictures.")
+        key = digest([file_hash(root, name) for name in names])
+        if key not in self._found:
+            self._found[key] = self._measured(root, names, column), {"n": len(names), "pictures_sha256": key}
+            if self.save:
+                self._found[key][0].save(self.save)
+        return self._found[key]
+
+    def _measured(self, root: Path, names: Sequence[str], column: Column) -> Moments:
+        stats = FrechetStats(self.extractor.dim)
+        with self.progress.counting(len(names), "measuring references") as advance:
+            for start in range(0, len(names), BATCH):
+                pictures = []
+                for name in names[start : start + BATCH]:
+                    try:
+                        pictures.append(read_picture(root, name))
+                    except BadImage as error:
+                        column.faults.append({"file": name, "reason": str(error)})
+                for _, tensor in same_size(pictures):
+                    stats.update(self.extractor(tensor))
+                advance(len(names[start : start + BATCH]))
+        return stats.compute()
+
+
+def picture_names(folder: Path) -> list[str]:
+    """Pictures below `folder`, by relative path, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+
+
+def same_size(pictures: Sequence[np.ndarray]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """(indices, uint8 (B, 3, H, W)) of pictures (H, W, 3), one group a size."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, picture in enumerate(pictures):
+        groups.setdefault(picture.shape, []).append(index)
+    for indices in groups.values():
+        yield indices, torch.from_numpy(np.stack([pictures[i] for i in indices])).permute(0, 3, 1, 2)
+
+
+def file_hash(folder: Path, name: str) -> str:
+    """SHA-256 of a picture's file; a word for one that is missing."""
+    try:
+        return sha256(inside(folder, name))
+    except (OSError, BadImage):
+        return "unreadable"
