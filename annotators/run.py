@@ -25,7 +25,7 @@ from . import parse_conditions
 from .base import Annotator
 from .maps import Size
 from .pool import run_jobs
-from .units import HIDDEN, Job, annotate_unit, finished
+from .units import HIDDEN, Job, annotate_unit, finished, split_folder
 
 CHUNK = 256
 """Pictures of a folder done as one unit; a kill costs at most this many a process."""
@@ -257,12 +257,26 @@ def _finish(out: Path, jobs: list[Job], markers: list[dict[str, Any]], errors: l
     rows = [row for marker in markers for row in marker.get("rows", ())]
     if jobs and not (jobs[0].shard and jobs[0].merged):
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        name = "metadata.jsonl" if jobs[0].merged else "params.jsonl"
-        _write_lines(out / name, [{key: row.get(key) for key in columns} for row in rows])
+        rows = [{key: row.get(key) for key in columns} for row in rows]
+        if jobs[0].merged:
+            _write_metadata(out, rows)
+        else:
+            _write_lines(out / "params.jsonl", rows)
     if errors:
         _write_lines(out / "errors.jsonl", errors)
     else:
         (out / "errors.jsonl").unlink(missing_ok=True)
+
+
+def _write_metadata(out: Path, rows: list[dict[str, Any]]) -> None:
+    """One table, or one in each split's folder; paths are relative to the folder that the table lies in."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        base = split_folder(row["file_name"])
+        paths = {k: v.removeprefix(base) for k, v in row.items() if k.endswith("file_name") and v is not None}
+        tables.setdefault(base, []).append(row | paths)
+    for base, table in tables.items():
+        _write_lines(out / base / "metadata.jsonl", table)
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.data.images import BadImage
-from ..core.data.records import ANY, Blob, Record
+from ..core.data.records import ANY, Blob, Record, split_name
 from ..core.files import replacing, write_text
 from .base import Annotator
 from .maps import Made, Size, make
@@ -94,11 +94,12 @@ def annotate_unit(job: Job, beat: Beat) -> dict[str, Any]:
         for record, name in zip(job.records, job.names, strict=True):
             try:
                 data = record.image.read()
+                carried = _carried(job, record)
                 made = make(data, record.key, job.annotators, job.size, render=job.render, image=job.merged)
             except (BadImage, OSError) as error:
-                errors.append({"where": record.image.name, "reason": str(getattr(error, "reason", error))})
+                errors.append({"where": record.image.name, "reason": str(error)})
             else:
-                rows.append(writer.add(record, name, data, made))
+                rows.append(writer.add(record, name, data, made, carried))
             beat()
     marker = {
         "settings": job.settings,
@@ -114,6 +115,14 @@ def annotate_unit(job: Job, beat: Beat) -> dict[str, Any]:
     return marker
 
 
+def _carried(job: Job, record: Record) -> dict[str, bytes]:
+    """Files of the maps that the set has already and that still fit its pictures. Raises `OSError`."""
+    if not job.merged or job.size.kind != "none":
+        return {}
+    new = {annotator.name for annotator in job.annotators} | {ANY}
+    return {cond: blob.read() for cond, blob in sorted(record.maps.items()) if cond not in new}
+
+
 class Writer(Protocol):
     """Takes finished pictures in order; `files` are the sizes of what it wrote, by path in the set."""
 
@@ -121,7 +130,7 @@ class Writer(Protocol):
 
     def __enter__(self) -> Writer: ...
     def __exit__(self, *failure: Any) -> None: ...
-    def add(self, record: Record, name: str, data: bytes, made: Made) -> dict[str, Any]:
+    def add(self, record: Record, name: str, data: bytes, made: Made, carried: dict[str, bytes]) -> dict[str, Any]:
         """Writes one picture's files; gives its row of metadata."""
         ...
 
@@ -164,9 +173,10 @@ class FolderWriter:
         write_small(self.job.out / name, data)
         self.files[name] = len(data)
 
-    def add(self, record: Record, name: str, data: bytes, made: Made) -> dict[str, Any]:
+    def add(self, record: Record, name: str, data: bytes, made: Made, carried: dict[str, bytes]) -> dict[str, Any]:
         """As in the protocol."""
-        maps = {cond: _map_name(cond, name) for cond in made.maps}
+        base = split_folder(name) if self.job.merged else ""
+        maps = {cond: _map_name(base, cond, name) for cond in made.maps}
         for cond, png in made.maps.items():
             self._write(maps[cond], png)
         if not self.job.merged:
@@ -178,18 +188,22 @@ class FolderWriter:
             self._write(name, data)
         else:
             self.files[name] = len(data)
-        if self.job.size.kind == "none":
-            for cond, blob in record.maps.items():
-                if cond not in maps and cond != ANY:
-                    maps[cond] = _map_name(cond, name)
-                    self._write(maps[cond], blob.read())
+        for cond, png in carried.items():
+            maps[cond] = _map_name(base, cond, name)
+            self._write(maps[cond], png)
         row = _row(record, name, made)
         first = self.job.annotators[0].name
         return row | {"conditioning_image_file_name": maps[first]} | {f"{c}_file_name": m for c, m in maps.items()}
 
 
-def _map_name(cond: str, name: str) -> str:
-    return f"conditions/{cond}/{name.rpartition('.')[0]}.png"
+def _map_name(base: str, cond: str, name: str) -> str:
+    return f"{base}conditions/{cond}/{name.removeprefix(base).rpartition('.')[0]}.png"
+
+
+def split_folder(name: str) -> str:
+    """`train/` where a path begins with a split's folder, which holds its own metadata as `datasets` wants it."""
+    first, slash, _ = name.partition("/")
+    return f"{first}/" if slash and split_name(first) else ""
 
 
 class ShardWriter:
@@ -229,7 +243,7 @@ class ShardWriter:
         info.size = len(data)
         self.tars[self.names[cond]].addfile(info, io.BytesIO(data))
 
-    def add(self, record: Record, name: str, data: bytes, made: Made) -> dict[str, Any]:
+    def add(self, record: Record, name: str, data: bytes, made: Made, carried: dict[str, bytes]) -> dict[str, Any]:
         """As in the protocol."""
         if self.job.merged:
             # Columns must not change from sample to sample: only a PNG, or a set that is all resized, is written anew.
@@ -240,10 +254,8 @@ class ShardWriter:
             self._put("", f"{record.key}.txt", (record.text or "").encode())
             meta = {**record.meta, "width": made.width, "height": made.height, "conditions": _conditions(record, made)}
             self._put("", f"{record.key}.json", json.dumps(meta, sort_keys=True, ensure_ascii=False).encode())
-            if not resized:
-                for cond, blob in sorted(record.maps.items()):
-                    if cond not in made.maps and cond != ANY:
-                        self._put("", f"{record.key}.{cond}.png", blob.read())
+            for cond, png in carried.items():
+                self._put("", f"{record.key}.{cond}.png", png)
         for cond, png in made.maps.items():
             self._put(cond, f"{record.key}.{cond}.png", png)
         return {"key": record.key, "conditions": json.dumps(_conditions(record, made), sort_keys=True)}

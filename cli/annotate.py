@@ -24,36 +24,38 @@ def annotate(
     ],
     cond: Annotated[
         list[str] | None,
-        typer.Option(help="canny, color, mask; with settings as canny:low=50,high=150. [default: canny]"),
+        typer.Option(help="canny, color, mask; with settings as canny:low=50,high=150. \\[default: canny]"),
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write. [default: annotated/NAME]")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write. \\[default: annotated/NAME]")] = None,
     size: Annotated[
-        str | None, typer.Option(help="none, short:N or crop:N; maps are made on exactly these pixels. [default: none]")
+        str | None,
+        typer.Option(help="none, short:N or crop:N; maps are made on exactly these pixels. \\[default: none]"),
     ] = None,
     layout: Annotated[
-        str | None, typer.Option(help="merged: a complete data set; maps: the maps alone. [default: merged]")
+        str | None, typer.Option(help="merged: a complete data set; maps: the maps alone. \\[default: merged]")
     ] = None,
     render: Annotated[bool, typer.Option("--render", help="Store maps as full-size RGB hints.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of masks and random thresholds. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of masks and random thresholds. \\[default: 0]")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N pictures.")] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Processes. [default: all cores]")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Processes. \\[default: all cores]")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if any picture could not be read.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
 ) -> None:
-    """Make condition maps of photographs. The same command again resumes; finished parts are skipped.
+    """Make condition maps of photographs. The same command again resumes.
 
-    The result is read by `sctool train --data`, by `datasets` (imagefolder, webdataset) and by diffusers' example
-    scripts as it is. Pictures that cannot be read are listed in errors.jsonl and never end the run.
+    The result is read as it is by sctool train --data, by datasets and by
+    diffusers' scripts. Pictures that cannot be read are listed in errors.jsonl.
 
-    Settings: canny low, high, random (scepter, t2i); color ratio, filter (cubic, area);
+    Settings: canny low, high, random (scepter, t2i);
+    color ratio, filter (cubic, area);
     mask preset (train, medium, thick, thin), area.
 
     Examples:
 
       sctool annotate photos --cond canny,color,mask --size crop:64
 
-      sctool annotate laion/ --cond canny:random=scepter --size crop:512 --out laion-canny
+      sctool annotate laion/ --cond canny:random=scepter --size crop:512
 
       sctool annotate shards/ --cond canny --layout maps
 

@@ -209,6 +209,38 @@ def test_rendered_maps_are_rgb_at_full_size(tmp_path):
     assert set(shapes.values()) == {(96, 80, 3)}
 
 
+def test_split_folders_stay_splits(tmp_path):
+    for i, name in enumerate(("train/x/0", "train/x/1", "test/2")):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / f"{name}.jpg").write_bytes(jpeg(crop(i)))
+        (tmp_path / "src" / f"{name}.txt").write_text(f"picture {i}")
+    go(tmp_path / "src", tmp_path / "out")
+
+    import datasets
+
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "hf"))
+    assert {name: part["text"] for name, part in loaded.items()} == {
+        "train": ["picture 0", "picture 1"], "test": ["picture 2"],
+    }  # fmt: skip
+    assert "mask" in loaded["train"].column_names
+    source = open_source(str(tmp_path / "out"))
+    assert sorted((r.split, r.key, *sorted({"canny", "mask"} & set(r.maps))) for r in source.records) == [
+        ("test", "test/2", "canny", "mask"),
+        ("train", "train/x/0", "canny", "mask"),
+        ("train", "train/x/1", "canny", "mask"),
+    ]
+
+
+def test_a_second_condition_joins_the_first(tmp_path):
+    for kind, src in (("folder", folder_of(tmp_path / "f", 2)), ("shards", shards_of(tmp_path / "s", 1, 2))):
+        go(src, tmp_path / kind / "one", ("canny",))
+        go(tmp_path / kind / "one", tmp_path / kind / "two", ("color",))
+        (record, _) = open_source(str(tmp_path / kind / "two")).records
+        assert {"canny", "color"} <= set(record.maps)
+        how = record.meta["conditions"]
+        assert {"canny", "color"} <= set(json.loads(how) if isinstance(how, str) else how)
+
+
 # ------------------------------------------------------------------------------------------------------- resume
 
 
@@ -287,6 +319,26 @@ def test_changed_or_deleted_files_are_made_again(tmp_path):
     go(src, out)
     assert (out / "b/001.jpg").read_bytes() == (src / "b/001.jpg").read_bytes()
     assert (out / "conditions/canny/b/001.png").read_bytes() != before["conditions/canny/b/001.png"]
+
+
+def test_a_full_disk_is_one_clear_message_and_no_half_file(tmp_path, monkeypatch):
+    src = folder_of(tmp_path / "src", 3)
+    real, written = os.replace, []
+
+    def replace(a, b):
+        written.append(b)
+        if len(written) >= 6:
+            raise OSError(28, "No space left on device")
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(SctoolError, match="No space left on device"):
+        go(src, tmp_path / "out")
+    monkeypatch.undo()
+    assert not list((tmp_path / "out").rglob("*.part"))
+    go(src, tmp_path / "out")
+    go(src, tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_limit_then_all(tmp_path):
