@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.config import SampleConfig, resolve
 from ..core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,6 +71,7 @@ def sample(
     }  # fmt: skip
     if no_tuner and tuner:
         raise UsageError("--tuner and --no-tuner exclude each other.")
+    from ..core.config import SampleConfig, resolve
     from ..core.runs import find_run
 
     if not prompts and not prompts_file:
@@ -110,7 +110,10 @@ def sample(
     tuners = [load_tuner(name, backbone, force=force) for name, _ in chosen]
     maps, weights = read_hints(hint or [], photo or [], config.size)
     requests = read_requests(prompts or [], prompts_file, count or 1, seed, maps, config.size)
-    used = [{"method": t.method, "file": n, "scale": s, "weights": weights} for t, (n, s) in zip(tuners, chosen, strict=True)]
+    used = [
+        {"method": t.method, "file": n, "scale": s, "weights": weights}
+        for t, (n, s) in zip(tuners, chosen, strict=True)
+    ]
     folder = out or Path("samples")
     with (
         Progress(quiet).counting(len(requests), "sampling") as advance,
@@ -148,7 +151,7 @@ def read_hints(hints: list[str], photos: list[str], size: int) -> tuple[dict[str
     Maps (`hints`) are resized to the picture; photographs are resized first and then annotated.
     """
     from ..annotators import ANNOTATORS, annotator
-    from ..core.data.hints import render
+    from ..core.data.hints import needs_image, render
     from ..core.data.images import BadImage, Geometry, decode_map, decode_rgb
     from ..core.data.records import FileBlob
     from ..core.errors import unknown
@@ -169,12 +172,17 @@ def read_hints(hints: list[str], photos: list[str], size: int) -> tuple[dict[str
             raise UsageError(f"{flag} {text}: no such file {file}.")
         try:
             if not from_photo:
-                picture = decode_map(FileBlob(Path(file)), file)
-                found[name] = render(name, geometry.apply_map(picture, picture.shape), None)
+                picture = decode_map(FileBlob(file), file)
+                fitted = geometry.apply_map(picture, picture.shape)
+                if needs_image(name) and fitted.ndim == 2:
+                    raise UsageError(
+                        f"{flag} {text}: give the picture itself, with what is to be painted set to black."
+                    )
+                found[name] = fitted if needs_image(name) else render(name, fitted, fitted)
                 continue
             if name not in ANNOTATORS:
                 raise unknown("condition", name, ANNOTATORS)
-            image = geometry.apply(decode_rgb(FileBlob(Path(file)), file))
+            image = geometry.apply(decode_rgb(FileBlob(file), file))
             (made, _), *_ = annotator(name)([image], [Path(file).stem])
             found[name] = render(name, geometry.apply_map(made, image.shape), image)
         except BadImage as error:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.config import TrainConfig, resolve
 from ..core.errors import UsageError
+
+if TYPE_CHECKING:
+    from ..core.config import TrainConfig
 
 
 def train(
@@ -57,6 +61,8 @@ def train(
 
       accelerate launch --num_processes 4 -m sctool train --cond canny batch=64
     """
+    from ..core.config import TrainConfig, resolve
+
     flags: dict[str, Any] = {
         "method": method, "base": base, "data": data, "maps": maps, "val_data": val_data, "steps": steps,
         "batch": batch, "lr": lr, "size": size, "precision": precision, "init": init, "seed": seed,
@@ -82,15 +88,20 @@ def train(
     from ..core.train import train as run_training
 
     run = open_run(out, name, settings)
-    with run.locked():
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, one holds the run and speaks
+    with run.locked() if first else nullcontext():
         figures = run_training(
             settings, run, source, held_out=held_out, measures=adherence(settings.cond, made), map_meta=made,
             offline=offline, quiet=quiet,
         )  # fmt: skip
+    if not first:
+        return
     if as_json:
         print(json.dumps({"run": str(run.path), "tuner": str(run.tuner), **figures}))
     else:
-        print(f"{run.tuner}  ({figures['steps']} steps" + (f", loss {figures['loss']:.4f})" if "loss" in figures else ")"))
+        print(
+            f"{run.tuner}  ({figures['steps']} steps" + (f", loss {figures['loss']:.4f})" if "loss" in figures else ")")
+        )
 
 
 def check_names(settings: TrainConfig) -> None:

@@ -218,7 +218,7 @@ def load_backbone(
     if not files:
         raise UsageError(f"--base {base}: unet/ holds no .safetensors weights. Re-save the base with safetensors.")
     options: dict[str, Any] = {
-        "torch_dtype": {"unet": dtype, "default": torch.float32},
+        "dtype": {"unet": dtype, "default": torch.float32},
         "use_safetensors": True,
         "local_files_only": True,
     }

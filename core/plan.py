@@ -36,12 +36,17 @@ def saved_bytes(model: TunedBackbone, backbone: Backbone, conds: tuple[str, ...]
     hints = {name: torch.empty(1, 3, size, size, device="meta") for name in conds}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(
-            torch.empty(1, config.in_channels, side, side, device="meta"), torch.zeros(1, device="meta"), text, hints or None
+            torch.empty(1, config.in_channels, side, side, device="meta"),
+            torch.zeros(1, device="meta"),
+            text,
+            hints or None,
         )
     return sum(storages.values())
 
 
-def plan(config: TrainConfig, source: Source, held_out: Source | None = None, *, offline: bool = False) -> dict[str, Any]:
+def plan(
+    config: TrainConfig, source: Source, held_out: Source | None = None, *, offline: bool = False
+) -> dict[str, Any]:
     """The figures of a run without running it; all sizes in bytes.
 
     Memory is weights, gradients, AdamW's two moments and the activations kept for backward (counted exactly for eager

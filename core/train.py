@@ -148,8 +148,10 @@ def train(
     if config.checkpointing:
         backbone.denoiser.enable_gradient_checkpointing()
     parameters = [p for p in tuner.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    rates = get_scheduler(config.schedule, optimizer, config.warmup, config.steps)
+    optimizer = torch.optim.AdamW(
+        parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    rates = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     ema = EMAModel(parameters, decay=config.ema) if config.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     start = load_state(run, tuner, optimizer, ema, scaler)

@@ -97,7 +97,11 @@ def sample_heldout(
             image = decode_rgb(record.image, record.image.name)
             reference = geometry.apply(image)
             hints = {
-                name: render(name, geometry.apply_map(decode_map(record.maps[name], record.maps[name].name), image.shape), reference)
+                name: render(
+                    name,
+                    geometry.apply_map(decode_map(record.maps[name], record.maps[name].name), image.shape),
+                    reference,
+                )
                 for name in config.cond
             }
         except (BadImage, KeyError):
@@ -120,7 +124,9 @@ def sample_heldout(
                 tuner = load_tuner(run.path, backbone)
                 used = {"method": tuner.method, "run": run.name, "scale": scale}
                 with tuned(backbone.denoiser, tuner, scales=scale):
-                    write_samples(folder, draw(backbone, requests, sampling, advance), protocol(backbone, sampling, [used]))
+                    write_samples(
+                        folder, draw(backbone, requests, sampling, advance), protocol(backbone, sampling, [used])
+                    )
         folders.append(folder)
     return folders
 
@@ -133,7 +139,7 @@ def best_device() -> str:
 
 
 def adherence(conds: Sequence[str], made: dict[str, Any]) -> dict[str, Callable[..., dict[str, float]]]:
-    """For each condition that can be measured, a function (pictures, hints) -> figures; see `eval/edges.py`."""
-    from .edges import measures
+    """For each condition that can be measured, a function (pictures, hints) -> figures; see `eval/conditions.py`."""
+    from .conditions import measures
 
     return measures(conds, made)
