@@ -137,10 +137,12 @@ def example(side: int, batch: int, width: int) -> Inputs:
 # ----------------------------------------------------------------------------------------------- exact figures
 
 
-def counted(base: Architecture, build: Callable[[UNet2DConditionModel], Method], side: int) -> dict[str, float]:
+def counted(
+    base: Architecture, build: Callable[[UNet2DConditionModel], Method], side: int, memory: bool = True
+) -> dict[str, float]:
     """Trainable parameters, GFLOP of a step (batch 1), and MB kept for backward a sample (batch 2 less batch 1).
 
-    On fake tensors: shapes without storage. Float32, eager; parameters are not counted as kept.
+    `memory` off leaves the last out. On fake tensors: shapes without storage. Float32, eager; parameters are not counted as kept.
     """
     with torch.device("meta"):
         method = build(base.denoiser())
@@ -150,7 +152,7 @@ def counted(base: Architecture, build: Callable[[UNet2DConditionModel], Method],
                 if p is not None:
                     module._parameters[name] = nn.Parameter(torch.empty(p.shape), p.requires_grad)
         one, two = (example(side, batch, base.config["cross_attention_dim"]) for batch in (1, 2))
-        kept = kept_bytes(method, two) - kept_bytes(method, one)
+        kept = kept_bytes(method, two) - kept_bytes(method, one) if memory else 0
         with FlopCounterMode(display=False) as counter:
             method.step(one)
     return {"trainable": method.trainable(), "gflop": counter.get_total_flops() / 1e9, "kept_mb": kept / 1e6}

@@ -1,6 +1,8 @@
 """The paper's parameter counts, to the last digit, on meta devices."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +79,14 @@ def test_unknown_bases_are_named(tmp_path):
 def test_family():
     assert architecture("sdxl").family == "sdxl"
     assert Architecture("own", {}, 4).family == "sd"
+
+
+@pytest.mark.slow
+def test_a_step_of_sc_tuner_takes_at_most_61_percent_of_full_fine_tunings_flops(sd15):
+    path = Path(__file__).parents[1] / "benchmarks" / "training.py"
+    spec = importlib.util.spec_from_file_location("benchmark_training", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    full, tuner = (benchmark.counted(sd15, benchmark.METHODS[name], 64, memory=False) for name in ("full", "SC-Tuner"))
+    assert full["gflop"] == pytest.approx(2469.8, abs=0.1)
+    assert tuner["gflop"] <= 0.61 * full["gflop"]
