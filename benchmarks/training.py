@@ -142,7 +142,8 @@ def counted(
 ) -> dict[str, float]:
     """Trainable parameters, GFLOP of a step (batch 1), and MB kept for backward a sample (batch 2 less batch 1).
 
-    `memory` off leaves the last out. On fake tensors: shapes without storage. Float32, eager; parameters are not counted as kept.
+    `memory` off leaves the last out. On fake tensors (shapes without storage), float32, eager; parameters are not
+    counted as kept.
     """
     with torch.device("meta"):
         method = build(base.denoiser())
