@@ -43,7 +43,7 @@ class Skip:
     stride2: bool
 
 
-def skips(denoiser: nn.Module) -> list[Skip]:
+def skips(denoiser: Any) -> list[Skip]:
     """The skip connections of a `UNet2DConditionModel` in encoder order (12 for SD 1.5 and 2.1, 9 for SDXL).
 
     Read from the modules, so it works on the meta device. Raises `SctoolError` for a model without such skips.
