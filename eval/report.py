@@ -51,7 +51,7 @@ def cost_rows(profile: dict[str, Any]) -> list[list[str]]:
 
 
 def show(results: Results, console: Console | None = None) -> None:
-    """Prints the tables, the notes and the faults."""
+    """Prints the tables and the faults; the notes were said on stderr and stand in the files."""
     console = console or Console()
     if results.columns:
         table = _table(f"Evaluation of {results.target}", ["", *[_heading(c) for c in results.columns], "protocol"])
@@ -65,8 +65,8 @@ def show(results: Results, console: Console | None = None) -> None:
         for row in cost_rows(results.profile):
             table.add_row(*row)
         console.print(table)
-    for line in [*results.notes, *_fault_lines(results)]:
-        console.print(line, style="dim", markup=False, highlight=False)
+    for line in _fault_lines(results):
+        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _heading(column: Any) -> str:
