@@ -70,7 +70,9 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 141
     except Exception as error:
-        return _fail(f"unexpected {type(error).__name__}: {error}. Run again with `sctool --debug ...` to see where.", 1)
+        return _fail(
+            f"unexpected {type(error).__name__}: {error}. Run again with `sctool --debug ...` to see where.", 1
+        )
 
 
 def _fail(message: str, code: int) -> int:

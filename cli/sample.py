@@ -92,7 +92,7 @@ def sample(
             offline=offline,
             out=out,
         )
-        report([folder / "sheet.png" for folder in folders], as_json)
+        report([folders[0].parent / "sheet.png"], as_json)
         return
 
     from ..core.backbones import load_backbone

@@ -71,9 +71,8 @@ def train(
     settings = resolve(TrainConfig, preset_name=preset, file=config, flags=flags, pairs=pairs or ())
     check_names(settings)
 
-    from ..core.runs import open_run
-
     from ..core.backbones import resolution
+    from ..core.runs import open_run
     from ..eval.heldout import adherence, open_data
 
     trained_size = settings.size or resolution(settings.base, offline)

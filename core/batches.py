@@ -19,7 +19,7 @@ from .config import TrainConfig
 
 
 class StepBatches(Sampler[list[int]]):
-    """Picture indices of one process for micro-batches `start` to `stop`; epoch e is a permutation seeded by (seed, e)."""
+    """One process's picture indices of micro-batches `start` to `stop`; an epoch's order is seeded by its number."""
 
     def __init__(self, count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1) -> None:
         self.count, self.batch, self.seed = count, batch, seed

@@ -1,7 +1,7 @@
 """One frozen, typed value a run: defaults < preset < YAML file < flags and `key=value`. Imports no torch.
 
 An unknown key is an error that names the nearest known one. The resolved value is saved with the result.
-A method's own settings are one class here; `METHOD_CONFIGS` in `core/tuners/__init__.py` ties it to its code.
+A method's own settings are one class here; `TUNERS` in `core/tuners/__init__.py` ties it to its code.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def plan(
         "epochs": round(config.steps * config.batch * config.accumulate / max(1, len(training)), 2),
         "activations_per_picture": activations,
         "memory": whole,
-        "cache": cache_plan(training, backbone, size=size, flip=config.flip, trigger=config.trigger),
+        "cache": cache_plan(training, backbone, size=size, conds=config.cond, flip=config.flip, trigger=config.trigger),
     }
 
 
@@ -94,15 +94,16 @@ def show_plan(figures: dict[str, Any]) -> str:
     f = figures
     control = f", controlled by {', '.join(f['cond'])}" if f["cond"] else ""
     cache = ", ".join(f"{k.replace('_', ' ')} {v / 1e6:.1f} MB" for k, v in f["cache"].items() if "bytes" in k)
+    share, saved = 100 * f["trainable"] / f["frozen"], f["activations_per_picture"] / 1e6
     return "\n".join(
         [
             f"method     {f['method']}{control}",
             f"base       {f['base']} at {f['size']} px, {f['skips_of_base']} skips",
             f"tuned      {'; '.join(f['sites'])}",
-            f"weights    {f['trainable']:,} trained, {f['frozen']:,} frozen ({100 * f['trainable'] / f['frozen']:.2f} %)",
+            f"weights    {f['trainable']:,} trained, {f['frozen']:,} frozen ({share:.2f} %)",
             f"data       {f['pictures']} pictures for training, {f['held_out']} held out",
-            f"work       {f['steps']} steps of {f['batch']} pictures = {f['epochs']} epochs, {f['precision']} on {f['device']}",
-            f"memory     about {f['memory'] / 1e9:.2f} GB ({f['activations_per_picture'] / 1e6:.1f} MB a picture for backward)",
+            f"work       {f['steps']} steps of {f['batch']} = {f['epochs']} epochs, {f['precision']} on {f['device']}",
+            f"memory     about {f['memory'] / 1e9:.2f} GB ({saved:.1f} MB a picture for backward)",
             f"cache      {cache or 'nothing to encode'}",
         ]
     )

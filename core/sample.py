@@ -1,4 +1,4 @@
-"""Drawing pictures: unmodified diffusers pipelines with tuners attached, and folders of samples that explain themselves."""
+"""Drawing pictures: unmodified diffusers pipelines with tuners attached; folders of samples that explain themselves."""
 
 from __future__ import annotations
 

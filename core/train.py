@@ -30,9 +30,9 @@ from .errors import Interrupted, SctoolError, UsageError
 from .progress import Progress
 from .runs import Run
 from .signals import Stop
+from .sites import TunedBackbone
 from .state import load_state, save_state
 from .tuners import method_config, tuner_class
-from .sites import TunedBackbone
 from .tuners.base import Tuner
 from .validate import Validator
 

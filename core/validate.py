@@ -51,7 +51,7 @@ class Validator:
         items = [val[i] for i in range(count)] if val is not None else []
         self.texts = {item["caption"]: item["text"] for item in items}
         if val is not None:
-            self.texts[""] = {k: v.squeeze(0) if v.shape[0] == 1 else v for k, v in val.empty_text.items()}
+            self.texts[""] = val.empty_text
         self.requests = [
             Request(
                 item["caption"],
@@ -105,7 +105,7 @@ class Validator:
 
     @torch.no_grad()
     def loss_by_band(self, losses: Callable[[Mapping[str, Any], Any], torch.Tensor]) -> dict[str, float]:
-        """Mean loss over the held-out set, in all and for each quarter of the schedule, noise fixed by the run's seed."""
+        """Mean held-out loss, in all and for each quarter of the schedule; the noise is fixed by the run's seed."""
         assert self.val is not None
         levels = self.backbone.pipe.scheduler.config.num_train_timesteps
         sums = torch.zeros(BANDS, dtype=torch.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..annotators.ondemand import ensure_maps
 from ..core.config import SampleConfig, TrainConfig
@@ -14,6 +14,10 @@ from ..core.errors import SctoolError
 from ..core.progress import Progress
 from ..core.runs import Run
 
+if TYPE_CHECKING:
+    from ..core.sample import Request
+
+SHOWN = 8  # rows of the sheet that shows hint, base and tuned side by side
 EVALUATED = ("test", "validation", "val")  # test rows first: the run itself looked at the validation rows
 
 
@@ -70,10 +74,11 @@ def sample_heldout(
     offline: bool = False,
     out: Path | None = None,
 ) -> list[Path]:
-    """Draws held-out captions with their hints into run/samples/<which> (or `out`/<which>); picture i has seed + i in every folder.
+    """Draws held-out captions with their hints into run/samples/<which>, or `out`/<which>.
 
-    "base" draws the untouched base with the same prompts and seeds (its hints are kept beside it for comparison),
-    "tuned" the trained tuner. Gives the folders. Raises `SctoolError` where the run holds nothing out.
+    "base" draws the untouched base (its hints are kept beside it for comparison), "tuned" the trained tuner; picture i
+    has seed + i in both. sheet.png beside the folders shows the first ones side by side. Gives the folders.
+    Raises `SctoolError` where the run holds nothing out.
     """
     from ..core.backbones import load_backbone
     from ..core.checkpoint import load_tuner
@@ -96,14 +101,10 @@ def sample_heldout(
         try:
             image = decode_rgb(record.image, record.image.name)
             reference = geometry.apply(image)
-            hints = {
-                name: render(
-                    name,
-                    geometry.apply_map(decode_map(record.maps[name], record.maps[name].name), image.shape),
-                    reference,
-                )
-                for name in config.cond
-            }
+            hints = {}
+            for name in config.cond:
+                fitted = geometry.apply_map(decode_map(record.maps[name], record.maps[name].name), image.shape)
+                hints[name] = render(name, fitted, reference)
         except (BadImage, KeyError):
             continue
         caption = " ".join(filter(None, (config.trigger, record.text or "")))
@@ -128,7 +129,25 @@ def sample_heldout(
                         folder, draw(backbone, requests, sampling, advance), protocol(backbone, sampling, [used])
                     )
         folders.append(folder)
+    side_by_side(folders, requests, SHOWN, f"{run.name}: the photograph's hint, the base, the tuned model; same seeds")
     return folders
+
+
+def side_by_side(folders: Sequence[Path], requests: Sequence[Request], count: int, title: str) -> Path:
+    """sheet.png beside the folders: a row a picture, its hints on the left, then the same picture of each folder."""
+    import numpy as np
+    from PIL import Image
+
+    from ..core.sheets import save_png, sheet
+
+    rows = []
+    for index, request in enumerate(requests[:count]):
+        pictures = [np.asarray(Image.open(folder / f"{index:06d}.png")) for folder in folders]
+        rows.append([*request.hints.values(), *pictures])
+    path = folders[0].parent / "sheet.png"
+    headings = [*requests[0].hints, *(folder.name for folder in folders)]
+    save_png(sheet(rows, headings, [r.prompt[:60] for r in requests[:count]], title), path)
+    return path
 
 
 def best_device() -> str:
