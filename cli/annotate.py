@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from ..core.config import AnnotateConfig, resolve
 
 
 def annotate(
@@ -61,13 +60,14 @@ def annotate(
 
       find . -name '*.jpg' | sctool annotate - --cond mask:preset=thick --json
     """
+    from ..annotators.run import annotate as run
+    from ..core.config import AnnotateConfig, resolve
+
     flags = {
         "src": src, "cond": tuple(cond) if cond else None, "out": out, "size": size, "layout": layout,
         "render": render, "seed": seed, "limit": limit, "jobs": jobs, "strict": strict,
     }  # fmt: skip
     config = resolve(AnnotateConfig, flags=flags)
-    from ..annotators.run import annotate as run
-
     with _bar(quiet) as progress:
         summary = run(config, paths=sys.stdin if src == "-" else None, progress=progress)
     if as_json:

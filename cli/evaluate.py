@@ -8,14 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.config import SampleConfig
-from ..core.config import resolve as resolve_config
 from ..core.errors import UsageError
 
 
 def evaluate(
     target: Annotated[
-        str | None, typer.Argument(help="Samples folder, run folder, or run name. [default: the latest run]")
+        str | None, typer.Argument(help="Samples folder, run folder, or run name. \\[default: the latest run]")
     ] = None,
     fid: Annotated[bool, typer.Option("--fid", help="Fréchet distance to the reference pictures.")] = False,
     clip: Annotated[bool, typer.Option("--clip", help="CLIP score against the prompts.")] = False,
@@ -29,29 +27,29 @@ def evaluate(
         str, typer.Option(help="auto, inception, or mini (the embedded CLIP; its figures are named so).")
     ] = "auto",
     weights: Annotated[
-        str | None, typer.Option(help="pytorch-fid's Inception weights. [default: torch's cache, else a download]")
+        str | None, typer.Option(help="pytorch-fid's Inception weights. \\[default: torch's cache, else a download]")
     ] = None,
     clip_model: Annotated[
-        str | None, typer.Option(help="open_clip model name, or a folder. [default: ViT-L-14]")
+        str | None, typer.Option(help="open_clip model name, or a folder. \\[default: ViT-L-14]")
     ] = None,
     clip_weights: Annotated[
-        str | None, typer.Option(help="Its weight file, or an open_clip tag. [default: openai, cached or downloaded]")
+        str | None, typer.Option(help="Its weight file, or an open_clip tag. \\[default: openai, cached or downloaded]")
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Folder of real pictures, or .npz with mu and sigma. [default: the samples' own]")
+        str | None, typer.Option(help="Folder of real pictures, or .npz with mu and sigma. \\[default: the samples' own]")
     ] = None,
     save_stats: Annotated[
         Path | None, typer.Option(help="Also write the reference statistics as .npz, for --reference.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=2, help="Held-out pictures to draw where a run has fewer. [default: 200]")
+        int | None, typer.Option(min=2, help="Held-out pictures to draw where a run has fewer. \\[default: 200]")
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance of pictures drawn now. [default: the run's]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps of pictures drawn now. [default: 50]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first picture drawn now. [default: 0]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance of pictures drawn now. \\[default: the run's]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps of pictures drawn now. \\[default: 50]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture drawn now. \\[default: 0]")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     out: Annotated[
-        Path | None, typer.Option(help="Folder of evaluation.json and evaluation.md. [default: beside the samples]")
+        Path | None, typer.Option(help="Folder of evaluation.json and evaluation.md. \\[default: beside the samples]")
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -75,6 +73,8 @@ def evaluate(
     sampling: dict[str, Any] = {"guidance": guidance, "steps": steps}
     drawn = any(value is not None for value in sampling.values())
 
+    from ..core.config import SampleConfig
+    from ..core.config import resolve as resolve_config
     from ..core.runs import find_run
     from ..eval.evaluate import Options
     from ..eval.evaluate import evaluate as measure

@@ -20,26 +20,26 @@ def train(
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any setting, e.g. lr=5e-5 tuner.ratio=0.1.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="What to train; see `sctool methods`. [default: scedit]")] = None,
+    method: Annotated[str | None, typer.Option(help="What to train; see `sctool methods`. \\[default: scedit]")] = None,
     cond: Annotated[str | None, typer.Option(help="Conditions to control by, e.g. canny or canny,color.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="'mini', a diffusers-format folder, or a hub id. [default: mini]")
+        str | None, typer.Option(help="'mini', a diffusers-format folder, or a hub id. \\[default: mini]")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="'photos', an image folder, webdataset shards, a prompt.json. [default: photos]")
+        str | None, typer.Option(help="'photos', an image folder, webdataset shards, a prompt.json. \\[default: photos]")
     ] = None,
     maps: Annotated[str | None, typer.Option(help="Folder of condition maps, when not in the data set.")] = None,
     val_data: Annotated[str | None, typer.Option(help="Held-out set; else rows marked so, else a tenth.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: 1000]")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures a step, over all processes. [default: 8]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. [default: 1e-4]")] = None,
-    size: Annotated[int | None, typer.Option(help="Training size in pixels. [default: the base's own]")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. [default: auto]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. \\[default: 1000]")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures a step, over all processes. \\[default: 8]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. \\[default: 1e-4]")] = None,
+    size: Annotated[int | None, typer.Option(help="Training size in pixels. \\[default: the base's own]")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. \\[default: auto]")] = None,
     init: Annotated[str | None, typer.Option(help="Tuner file or run to start from.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. \\[default: 0]")] = None,
     preset: Annotated[str | None, typer.Option(help="A named recipe shipped with sctool.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
-    name: Annotated[str | None, typer.Option(help="Run name. [default: from the settings]")] = None,
+    name: Annotated[str | None, typer.Option(help="Run name. \\[default: from the settings]")] = None,
     out: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on any fault in the data set.")] = False,

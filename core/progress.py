@@ -23,7 +23,7 @@ class Progress:
 
     def note(self, message: str) -> None:
         """One line."""
-        (self._bar.console if self._bar else self.console).print(message, style="dim", markup=False)
+        (self._bar.console if self._bar else self.console).print(message, style="dim", markup=False, soft_wrap=True)
 
     @contextmanager
     def training(self, total: int, start: int) -> Iterator[Callable[[int, float | None, float], None]]:

@@ -41,7 +41,8 @@ def save_state(
         save_file({name: p.detach().contiguous() for name, p in named.items()}, folder / "weights.safetensors")
         save_file({name: m.contiguous() for name, m in moments.items()}, folder / "optimizer.safetensors")
         if ema is not None:
-            save_file(dict(zip(named, ema.shadow_params, strict=True)), folder / "ema.safetensors")
+            averages = {name: a.contiguous() for name, a in zip(named, ema.shadow_params, strict=True)}
+            save_file(averages, folder / "ema.safetensors")
         meta = {"step": step, "scaler": scaler.state_dict(), "ema_steps": ema.optimization_step if ema else 0}
         (folder / "state.json").write_text(json.dumps(meta))
     for old in run.states()[:-keep]:

@@ -144,7 +144,7 @@ def train(
     validator = Validator(config, run, backbone, val, measures or {}, progress) if accelerator.is_main_process else None
     if validator:
         validator.draw_base()
-    model = TunedBackbone(backbone.denoiser, tuner).to(device)
+    model = TunedBackbone(backbone.denoiser, tuner).to(device, memory_format=torch.channels_last)
     if config.checkpointing:
         backbone.denoiser.enable_gradient_checkpointing()
     parameters = [p for p in tuner.parameters() if p.requires_grad]
