@@ -130,6 +130,7 @@ def figures(parts: Path, run: Path, out: Path) -> dict[str, Any]:
             "steps": max((row.get("step", 0) for row in rows), default=0),
             "batch": config["batch"],
             "lr": config["lr"],
+            "minutes": sum(row.get("seconds", 0) for row in rows) / 60,
             "parameters": sum(p.numel() for p in unet().parameters()),
             "environment": environment,
         },
@@ -138,11 +139,10 @@ def figures(parts: Path, run: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def card(parts: Path, run: Path, out: Path, device: str, minutes: float) -> None:
+def card(parts: Path, run: Path, out: Path, device: str) -> None:
     """Writes figures.json, sheet.png and README.md beside the weights in `out`."""
     shutil.copy(parts / "sheet.png", out / "sheet.png")
     values = figures(parts, run, out)
-    values["unet"]["minutes"] = minutes
     (out / "figures.json").write_text(json.dumps(values, indent=1) + "\n")
     quality, clip, net = values["quality"], values["clip"], values["unet"]
     template = (Path(__file__).parent / "card.md").read_text()
@@ -161,7 +161,7 @@ def card(parts: Path, run: Path, out: Path, device: str, minutes: float) -> None
         unet_steps=net["steps"],
         unet_batch=net["batch"],
         unet_lr=net["lr"],
-        unet_minutes=minutes,
+        unet_minutes=net["minutes"],
         unet_millions=net["parameters"] / 1e6,
         vae_steps=values["autoencoder"]["steps"],
         vae_minutes=values["autoencoder"]["minutes"],
@@ -181,7 +181,6 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="run folder of the U-Net's training (final, card)")
     parser.add_argument("--out", default=ASSETS, type=Path, help="where final and card write")
     parser.add_argument("--device", default="two cores of an Intel Xeon at 2.5 GHz, no GPU", help="for the card")
-    parser.add_argument("--minutes", default=0.0, type=float, help="the U-Net's training time, for the card")
     args = parser.parse_args()
     if args.stage != "init" and args.run is None:
         parser.error(f"{args.stage} needs --run")
@@ -190,7 +189,7 @@ def main() -> None:
     elif args.stage == "final":
         final(args.parts, args.run, args.out)
     else:
-        card(args.parts, args.run, args.out, args.device, args.minutes)
+        card(args.parts, args.run, args.out, args.device)
 
 
 if __name__ == "__main__":

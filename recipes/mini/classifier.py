@@ -69,7 +69,8 @@ def augment(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     picture = cv2.resize(photo[top : top + crop, left : left + crop], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
     if rng.random() < 0.5:
         picture = picture[:, ::-1]
-    picture = np.clip(picture.astype(np.float32) * rng.uniform(0.8, 1.2) + rng.uniform(-20, 20), 0, 255).astype(np.uint8)
+    gain, lift = rng.uniform(0.8, 1.2), rng.uniform(-20, 20)
+    picture = np.clip(picture.astype(np.float32) * gain + lift, 0, 255).astype(np.uint8)
     if rng.random() < 0.5:
         y, x, h, w = *rng.integers(0, 52, size=2), *rng.integers(8, 24, size=2)
         picture[y : y + h, x : x + w] = rng.integers(0, 256, size=3)

@@ -82,8 +82,9 @@ def autoencoder_psnr(vae: AutoencoderKL, crops: list[np.ndarray]) -> float:
 
 def sheet_prompts(photos: list[Photo]) -> list[str]:
     """32 captions that name a colour: three or four of every class, the most frequent of `photos` first."""
-    ranked = {name: Counter(p.caption for p in photos if p.label == name and clip.colour(p.caption)) for name in CLASSES}
-    rows = [[caption for caption, _ in ranked[name].most_common()] for name in CLASSES]
+    named = [p for p in photos if clip.colour(p.caption)]
+    ranked = [Counter(p.caption for p in named if p.label == label).most_common() for label in CLASSES]
+    rows = [[caption for caption, _ in counts] for counts in ranked]
     return [row[i] for i in range(max(map(len, rows))) for row in rows if i < len(row)][: SHEET[0] * SHEET[1]]
 
 
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("base", type=Path, help="Stable Diffusion folder")
     parser.add_argument("--run", type=Path, help="take the denoiser of this run of `sctool train --method full`")
-    parser.add_argument("--parts", default="work/mini", type=Path, help="folder of clip and classifier, and of the result")
+    parser.add_argument("--parts", default="work/mini", type=Path, help="folder of clip, classifier and result")
     parser.add_argument("--count", default=500, type=int)
     parser.add_argument("--steps", default=30, type=int)
     parser.add_argument("--guidance", default=[3.0], type=float, nargs="+", help="several: the best is kept")
