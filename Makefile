@@ -10,7 +10,7 @@ METHOD ?= scedit
 BASE   ?= mini
 STEPS  ?= 1000
 WORK   ?= work/pipeline
-SIZE   ?= $(if $(filter mini,$(BASE)),crop:64,crop:512)
+SIZE   ?= crop:$(BASE)
 
 .PHONY: help install demo test check lint types imports readme pipeline annotate train sample evaluate clean
 .DEFAULT_GOAL := help
@@ -27,7 +27,7 @@ help: ## this list
 install: .venv/ready ## make .venv with everything in it
 
 demo: .venv/ready ## photographs -> edges -> a controlled model -> pictures and numbers, in minutes on a CPU
-	$(SC) annotate photos --cond canny --size crop:64 --out work/demo/data --quiet
+	$(SC) annotate photos --cond canny --size crop:mini --out work/demo/data --quiet
 	$(SC) train --preset demo --data work/demo/data --out work/demo/runs
 	$(SC) evaluate --runs work/demo/runs --count 24 --nmse --clip --fid
 	@echo "Look at work/demo/runs/$$(cat work/demo/runs/latest)/samples/sheet.png"

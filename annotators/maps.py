@@ -36,7 +36,7 @@ class Size:
         if text == "none":
             return cls()
         if match is None or int(match[2]) < 2:
-            raise UsageError(f"--size '{text}' is no size. Write none, short:512 or crop:512.")
+            raise UsageError(f"--size '{text}' is no size. Write none, short:512, crop:512, or crop:BASE.")
         return cls(match[1], int(match[2]))
 
     def apply(self, image: np.ndarray) -> np.ndarray:

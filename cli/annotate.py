@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 
-
 def annotate(
     src: Annotated[
         str,
@@ -28,7 +27,9 @@ def annotate(
     out: Annotated[str | None, typer.Option(help="Folder to write. \\[default: annotated/NAME]")] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="none, short:N or crop:N; maps are made on exactly these pixels. \\[default: none]"),
+        typer.Option(
+            help="none, short:N, crop:N or crop:BASE; maps are made on exactly these pixels. \\[default: none]"
+        ),
     ] = None,
     layout: Annotated[
         str | None, typer.Option(help="merged: a complete data set; maps: the maps alone. \\[default: merged]")
@@ -52,7 +53,7 @@ def annotate(
 
     Examples:
 
-      sctool annotate photos --cond canny,color,mask --size crop:64
+      sctool annotate photos --cond canny,color,mask --size crop:mini
 
       sctool annotate laion/ --cond canny:random=scepter --size crop:512
 
@@ -64,7 +65,7 @@ def annotate(
     from ..core.config import AnnotateConfig, resolve
 
     flags = {
-        "src": src, "cond": tuple(cond) if cond else None, "out": out, "size": size, "layout": layout,
+        "src": src, "cond": tuple(cond) if cond else None, "out": out, "size": in_pixels(size), "layout": layout,
         "render": render, "seed": seed, "limit": limit, "jobs": jobs, "strict": strict,
     }  # fmt: skip
     config = resolve(AnnotateConfig, flags=flags)
@@ -79,6 +80,16 @@ def annotate(
         f"{summary['out']}: {summary['images']} pictures with {', '.join(summary['conditions'])}{kept}{bad}, "
         f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s"
     )
+
+
+def in_pixels(size: str | None) -> str | None:
+    """`crop:BASE` as `crop:N`, N the side that the base was trained at; any other size as it is."""
+    kind, _, name = (size or "").partition(":")
+    if kind != "crop" or not name or name.isdigit():
+        return size
+    from ..core.bases import resolution
+
+    return f"crop:{resolution(name)}"
 
 
 @contextmanager

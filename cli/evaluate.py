@@ -27,16 +27,15 @@ def evaluate(
         str, typer.Option(help="auto, inception, or mini (the embedded CLIP; its figures are named so).")
     ] = "auto",
     weights: Annotated[
-        str | None, typer.Option(help="pytorch-fid's Inception weights. \\[default: torch's cache, else a download]")
+        str | None, typer.Option(help="pytorch-fid's weights. \\[default: torch's cache, else a download]")
     ] = None,
     clip_model: Annotated[
         str | None, typer.Option(help="open_clip model name, or a folder. \\[default: ViT-L-14]")
     ] = None,
-    clip_weights: Annotated[
-        str | None, typer.Option(help="Its weight file, or an open_clip tag. \\[default: openai, cached or downloaded]")
-    ] = None,
+    clip_weights: Annotated[str | None, typer.Option(help="Weight file or open_clip tag. \\[default: openai]")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Folder of real pictures, or .npz with mu and sigma. \\[default: the samples' own]")
+        str | None,
+        typer.Option(help="Folder of real pictures, or .npz with mu and sigma. \\[default: the samples' own]"),
     ] = None,
     save_stats: Annotated[
         Path | None, typer.Option(help="Also write the reference statistics as .npz, for --reference.")
@@ -44,7 +43,9 @@ def evaluate(
     count: Annotated[
         int | None, typer.Option(min=2, help="Held-out pictures to draw where a run has fewer. \\[default: 200]")
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance of pictures drawn now. \\[default: the run's]")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance of pictures drawn now. \\[default: the run's]")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps of pictures drawn now. \\[default: 50]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture drawn now. \\[default: 0]")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),

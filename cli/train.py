@@ -22,11 +22,10 @@ def train(
     ] = None,
     method: Annotated[str | None, typer.Option(help="What to train; see `sctool methods`. \\[default: scedit]")] = None,
     cond: Annotated[str | None, typer.Option(help="Conditions to control by, e.g. canny or canny,color.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="'mini', a diffusers-format folder, or a hub id. \\[default: mini]")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="'mini', a diffusers folder, or a hub id. \\[default: mini]")] = None,
     data: Annotated[
-        str | None, typer.Option(help="'photos', an image folder, webdataset shards, a prompt.json. \\[default: photos]")
+        str | None,
+        typer.Option(help="'photos', image folder, shards, or prompt.json. \\[default: photos]"),
     ] = None,
     maps: Annotated[str | None, typer.Option(help="Folder of condition maps, when not in the data set.")] = None,
     val_data: Annotated[str | None, typer.Option(help="Held-out set; else rows marked so, else a tenth.")] = None,
@@ -71,7 +70,7 @@ def train(
     settings = resolve(TrainConfig, preset_name=preset, file=config, flags=flags, pairs=pairs or ())
     check_names(settings)
 
-    from ..core.backbones import resolution
+    from ..core.bases import resolution
     from ..core.runs import open_run
     from ..eval.heldout import adherence, open_data
 

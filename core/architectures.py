@@ -73,7 +73,7 @@ def architecture(base: str) -> Architecture:
         return Architecture(base, KNOWN[base], 8)
     if base != "mini" and "/" not in base and not Path(base).expanduser().exists():
         raise unknown("base", base, [*KNOWN, "mini"])
-    from .backbones import locate
+    from .bases import locate
 
     folder = locate(base, offline=True)
     try:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bases import ASSETS
 from .errors import SctoolError, UsageError
 from .files import replacing, write_json
 from .tuners import method_config, tuner_class
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
     from .tuners.base import Tuner
 
 NAME = "tuner.safetensors"
+EMBEDDED_TUNERS = {"mini-canny": ASSETS / "mini" / "tuners" / "canny"}
 FORMAT = 1
 
 
 def tuner_file(path: str | Path) -> Path:
-    """The tuner file that `path` means: the file itself, a tuner folder's, or a run folder's. Raises `UsageError`."""
-    path = Path(path).expanduser()
+    """The tuner file that `path` means: the file itself, a tuner folder's, a run folder's, or a tuner shipped by name.
+
+    Raises `UsageError` where there is none.
+    """
+    path = EMBEDDED_TUNERS.get(str(path), Path(path).expanduser())
     for candidate in (path, path / NAME, path / "tuner" / NAME):
         if candidate.is_file():
             return candidate

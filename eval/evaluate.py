@@ -318,7 +318,13 @@ class _Evaluation:
         hints = digest([file_hash(folder.path, row["hints"][cond]) for row in rows if cond in (row.get("hints") or {})])
         protocol = {"metric": f"{cond} adherence", **meter.protocol, "hints_sha256": hints, **shared, "n": meter.n}
         return [
-            Figure(f"{cond}.{key}", f"{cond} {LABELS.get(key, key.replace("f1", "F1"))}", value, meter.better[key], protocol)
+            Figure(
+                f"{cond}.{key}",
+                f"{cond} {LABELS.get(key, key.replace('f1', 'F1'))}",
+                value,
+                meter.better[key],
+                protocol,
+            )
             for key, value in values.items()
         ]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..annotators.ondemand import ensure_maps
 from ..core.config import SampleConfig, TrainConfig
+from ..core.data.check import check
 from ..core.data.records import Record, Source
 from ..core.data.sources import open_source
 from ..core.errors import SctoolError
@@ -17,6 +18,7 @@ from ..core.runs import Run
 if TYPE_CHECKING:
     from ..core.sample import Request
 
+FAULTS_SHOWN = 20
 SHOWN = 8  # rows of the sheet that shows hint, base and tuned side by side
 EVALUATED = ("test", "validation", "val")  # test rows first: the run itself looked at the validation rows
 
@@ -26,25 +28,26 @@ def open_data(
 ) -> tuple[Source, Source | None, dict[str, Any]]:
     """The training set, the held-out set of `--val-data` if any, and how each condition's maps were made.
 
-    Weight-free maps that the set lacks are made at `size` px and kept in the cache. Faults found while listing are
-    shown; `strict` turns them into a `SctoolError`.
+    Weight-free maps that the set lacks are made at `size` px and kept in the cache. Faults are listed, all in one pass;
+    `strict` decodes every picture and turns any fault into a `SctoolError`.
     """
     progress = Progress(quiet)
-    sources = [open_source(config.data, config.maps)]
-    if config.val_data:
-        sources.append(open_source(config.val_data, config.maps))
     made: dict[str, Any] = {}
     ready = []
-    for source in sources:
-        if source.faults:
-            shown = "; ".join(f"{f.where}: {f.reason}" for f in source.faults[:5])
-            message = f"{len(source.faults)} faults in {source.name}: {shown}{' …' if len(source.faults) > 5 else ''}"
-            if strict:
-                raise SctoolError(message)
-            progress.note(message)
+    for path in filter(None, (config.data, config.val_data)):
+        source = open_source(path, config.maps)
         if config.cond:
             source, how = ensure_maps(source, config.cond, size)
             made |= how
+        faults = check(source, conds=config.cond, need_text=not config.trigger, deep=strict, size=size)
+        for fault in faults[:FAULTS_SHOWN]:
+            progress.note(str(fault))
+        if faults:
+            rest = f", the first {FAULTS_SHOWN} of them above" if len(faults) > FAULTS_SHOWN else ""
+            message = f"{len(faults)} faults in {source.name}{rest}"
+            if strict:
+                raise SctoolError(f"{message}. Mend them, or leave --strict out to train on the rest.")
+            progress.note(f"{message}; going on with the rest. --strict decodes every picture and refuses instead.")
         ready.append(source)
     return ready[0], ready[1] if len(ready) > 1 else None, made
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sctool.core.backbones import EMBEDDED
+from sctool.core.bases import EMBEDDED
 
 MINI = EMBEDDED["mini"]
 pytestmark = pytest.mark.skipif(
