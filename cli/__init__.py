@@ -55,21 +55,19 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command line; gives its exit code."""
-    import click
-
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="sctool", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except SctoolError as error:
         return _fail(str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; the same command again goes on from what was finished.", 130)
     except BrokenPipeError:
         return 141
     except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong word, told by the command-line library
+            error.show()
+            return error.exit_code
         return _fail(
             f"unexpected {type(error).__name__}: {error}. Run again with `sctool --debug ...` to see where.", 1
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -29,6 +30,11 @@ class Interrupted(SctoolError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """A `UsageError` for a misspelt name: says what is known and which known name is nearest."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    best = max(near, key=lambda k: (_likeness(name, k), len(os.path.commonprefix([name, k]))), default=None)
+    hint = f" Did you mean '{best}'?" if best else ""
     return UsageError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}.")
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()

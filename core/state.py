@@ -58,6 +58,8 @@ def load_state(
 ) -> int:
     """Restores the newest complete state in place; gives its step, 0 where there is none.
 
+    Moments take their parameter's memory layout, by which the fused optimizer pairs them.
+
     Raises `SctoolError` when the state does not fit the tuner.
     """
     states = run.states()
@@ -75,7 +77,7 @@ def load_state(
             if f"{name}:exp_avg" in moments:
                 optimizer.state[parameter] = {
                     "step": torch.tensor(float(meta["step"]), device=parameter.device if parameter.is_cuda else "cpu"),
-                    **{kind: moments[f"{name}:{kind}"].to(parameter.device) for kind in MOMENTS},
+                    **{kind: torch.empty_like(parameter).copy_(moments[f"{name}:{kind}"]) for kind in MOMENTS},
                 }
         if ema is not None:
             averages = load_file(folder / "ema.safetensors")

@@ -14,7 +14,7 @@ from sctool.cli import run
 def test_help_imports_no_torch() -> None:
     code = (
         "import sys; from sctool.cli import run; run(['--help']); run(['train', '--help']); "
-        "bad = {'torch', 'diffusers', 'cv2', 'numpy', 'pydantic'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+        "bad = {'torch', 'diffusers', 'cv2', 'numpy'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
