@@ -41,7 +41,7 @@ lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 types: .venv/ready
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python --level error
 
 imports: .venv/ready
 	$(BIN)/lint-imports

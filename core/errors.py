@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable
 
 
@@ -31,7 +30,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """A `UsageError` for a misspelt name: says what is known and which known name is nearest."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    best = max(near, key=lambda k: (_likeness(name, k), len(os.path.commonprefix([name, k]))), default=None)
+    # Of equally near names the one that differs in its last letter alone: sd16 means sd15, not sd21.
+    best = max(near, key=lambda k: (_likeness(name, k), k[:-1] == name[:-1]), default=None)
     hint = f" Did you mean '{best}'?" if best else ""
     return UsageError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}.")
 
