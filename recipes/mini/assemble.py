@@ -1,8 +1,8 @@
 """Puts mini together as a Stable Diffusion folder, from the parts that the other scripts trained.
 
-    python recipes/mini/assemble.py init                    # fresh U-Net: the base that `sctool train` starts from
-    python recipes/mini/assemble.py final --run runs/NAME   # trained U-Net, all as fp16, to core/assets/mini
-    python recipes/mini/assemble.py card --run runs/NAME    # model card and figures, after quality.py
+python recipes/mini/assemble.py init                    # fresh U-Net: the base that `sctool train` starts from
+python recipes/mini/assemble.py final --run runs/NAME   # trained U-Net, all as fp16, to core/assets/mini
+python recipes/mini/assemble.py card --run runs/NAME    # model card and figures, after quality.py
 """
 
 from __future__ import annotations

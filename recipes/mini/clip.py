@@ -63,12 +63,16 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
     """The untrained CLIP: both towers of width 128, text 4 layers, vision 5 layers on 8 px patches of 64 px."""
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tower = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
-    text = tower | special | {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "num_hidden_layers": 4,
-        "max_position_embeddings": POSITIONS,
-    }
+    text = (
+        tower
+        | special
+        | {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "num_hidden_layers": 4,
+            "max_position_embeddings": POSITIONS,
+        }
+    )
     vision = tower | {"num_hidden_layers": 5, "image_size": SIZE, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     # CLIP's own start gives a position a tenth of a patch's amplitude, and shapes are then learnt very late.

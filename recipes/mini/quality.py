@@ -45,9 +45,7 @@ def sample(pipe: StableDiffusionPipeline, prompts: list[str], steps: int, guidan
     for start in range(0, len(prompts), 50):
         batch = prompts[start : start + 50]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
-        result = pipe(
-            batch, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np"
-        )
+        result = pipe(batch, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np")
         pictures += list((result.images * 255).round().astype(np.uint8))
     return pictures
 
