@@ -93,7 +93,8 @@ def show_plan(figures: dict[str, Any]) -> str:
     """The plan as lines for a person."""
     f = figures
     control = f", controlled by {', '.join(f['cond'])}" if f["cond"] else ""
-    cache = ", ".join(f"{k.replace('_', ' ')} {v / 1e6:.1f} MB" for k, v in f["cache"].items() if "bytes" in k)
+    c = f["cache"]
+    cache = f"{c['bytes'] / 1e6:.1f} MB in {c['folder']}, {c['bytes_to_add'] / 1e6:.1f} MB of it still to write"
     share, saved = 100 * f["trainable"] / f["frozen"], f["activations_per_picture"] / 1e6
     return "\n".join(
         [
@@ -104,6 +105,6 @@ def show_plan(figures: dict[str, Any]) -> str:
             f"data       {f['pictures']} pictures for training, {f['held_out']} held out",
             f"work       {f['steps']} steps of {f['batch']} = {f['epochs']} epochs, {f['precision']} on {f['device']}",
             f"memory     about {f['memory'] / 1e9:.2f} GB ({saved:.1f} MB a picture for backward)",
-            f"cache      {cache or 'nothing to encode'}",
+            f"cache      {cache}",
         ]
     )
