@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 def pipe():
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(MINI, local_files_only=True, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(MINI, local_files_only=True, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -70,7 +70,7 @@ def test_text_longer_than_the_encoder_is_cut(pipe):
 def test_text_tower_of_the_clip_is_the_text_encoder(pipe):
     from transformers import CLIPModel
 
-    clip = CLIPModel.from_pretrained(MINI / "clip", torch_dtype=torch.float32)
+    clip = CLIPModel.from_pretrained(MINI / "clip", dtype=torch.float32)
     tokens = pipe.tokenizer(["a hat", "a photo of a red dress"], padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         ours = pipe.text_encoder(tokens)

@@ -31,7 +31,7 @@ SHEET_BYTES = 400_000
 
 def load_pipeline(base: Path, run: Path | None) -> StableDiffusionPipeline:
     """The base in fp32, with the denoiser of `run` when given."""
-    pipe = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     if run:
         pipe.unet.load_state_dict(trained_weights(run))
     pipe.set_progress_bar_config(disable=True)
@@ -123,7 +123,7 @@ def main() -> None:
     judge, eye = load(args.parts), CLIPModel.from_pretrained(args.parts / "clip").eval()
     pipe = load_pipeline(args.base, args.run)
     seen = features(eye, real)
-    train = [square(p.pixels, 64) for p in photos if p.split == "train"][: len(real)]
+    other = [square(p.pixels, 64) for p in photos if p.split == "validation"]
     best: dict = {}
     for guidance in args.guidance:
         start = time.time()
@@ -138,9 +138,9 @@ def main() -> None:
             "class_accuracy_real": accuracy(judge, real, [p.label for p in test]),
             "class_accuracy_by_class": {c: round(float(np.mean(h)), 3) for c, h in hits.items() if h},
             "fd_mini": frechet(features(eye, pictures), seen),
-            "fd_mini_real": frechet(features(eye, train), seen),
+            "fd_mini_real": frechet(features(eye, other), seen),
             "fd_mini_note": f"unit CLIP features of mini; {args.count} samples against {len(real)} test photographs; "
-            f"fd_mini_real: {len(train)} training photographs against them",
+            f"fd_mini_real: {len(other)} validation photographs against them",
             "autoencoder_psnr_db": autoencoder_psnr(pipe.vae, real),
             "seconds": time.time() - start,
         }
