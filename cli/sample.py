@@ -186,7 +186,7 @@ def read_hints(hints: list[str], photos: list[str], size: int) -> tuple[dict[str
             (made, _), *_ = annotator(name)([image], [Path(file).stem])
             found[name] = render(name, geometry.apply_map(made, image.shape), image)
         except BadImage as error:
-            raise UsageError(f"{flag} {text}: {error}.") from error
+            raise UsageError(f"{flag} {text}: the file {error.reason}.") from error
     return found, weights
 
 
