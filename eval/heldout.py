@@ -132,7 +132,7 @@ def sample_heldout(
                         folder, draw(backbone, requests, sampling, advance), protocol(backbone, sampling, [used])
                     )
         folders.append(folder)
-    side_by_side(folders, requests, SHOWN, f"{run.name}: the photograph's hint, the base, the tuned model; same seeds")
+    side_by_side(folders, requests, SHOWN, f"{run.name}, on from {config.init}" if config.init else run.name)
     return folders
 
 
