@@ -21,7 +21,16 @@ from .config import TrainConfig, build, read_yaml, to_yaml
 from .errors import SctoolError, UsageError
 from .files import write_json, write_text
 
-PACKAGES = ("sctool", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "opencv-python-headless")
+PACKAGES = (
+    "sctool",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "opencv-python-headless",
+)
 # What may change between two starts of one run: it decides when to stop and look, not what is learnt.
 FREE_KEYS = {"steps", "save_every", "keep", "validate_every", "sample_every"}
 

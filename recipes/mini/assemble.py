@@ -132,7 +132,7 @@ def figures(parts: Path, run: Path, out: Path) -> dict[str, Any]:
             "lr": config["lr"],
             "minutes": sum(row.get("seconds", 0) for row in rows) / 60,
             "parameters": sum(p.numel() for p in unet().parameters()),
-            "environment": environment,
+            "environment": {key: environment[key] for key in ("python", "platform", "packages") if key in environment},
         },
         "quality": quality,
         "bytes": folder_bytes(out),
@@ -153,6 +153,7 @@ def card(parts: Path, run: Path, out: Path, device: str) -> None:
         guidance=quality["guidance"],
         samples=100 * quality["class_accuracy_samples"],
         real=100 * quality["class_accuracy_real"],
+        by_class=", ".join(f"{name} {100 * share:.0f} %" for name, share in quality["class_accuracy_by_class"].items()),
         psnr=quality["autoencoder_psnr_db"],
         frechet=quality["fd_mini"],
         frechet_real=quality["fd_mini_real"],
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--parts", default="work/mini", type=Path, help="folder of vae, clip, tokenizer, text_encoder")
     parser.add_argument("--run", type=Path, help="run folder of the U-Net's training (final, card)")
     parser.add_argument("--out", default=ASSETS, type=Path, help="where final and card write")
-    parser.add_argument("--device", default="two cores of an Intel Xeon at 2.5 GHz, no GPU", help="for the card")
+    parser.add_argument("--device", default="one core of an Intel Xeon at 2.5 GHz, shared with other work", help="for the card")
     args = parser.parse_args()
     if args.stage != "init" and args.run is None:
         parser.error(f"{args.stage} needs --run")
