@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .tuners.base import Tuner
 
 NAME = "tuner.safetensors"
-EMBEDDED_TUNERS = {"mini-canny": ASSETS / "mini" / "tuners" / "canny"}
+EMBEDDED_TUNERS = {"mini-canny": ASSETS / "mini-canny"}
 FORMAT = 1
 
 
