@@ -51,7 +51,8 @@ def ensure_maps(
     conds: names, with settings or without (`canny:low=50`). Maps that the set has are kept; missing ones are made on
     the training pixels, all `size` x `size` (`Geometry(size)`), and kept in `cache` ($SCTOOL_CACHE, else
     ~/.cache/sctool) under the picture's content, so a second call is quick. The second value
-    holds `Annotator.id` of each condition made here. Pictures that cannot be read keep no map.
+    holds `Annotator.id` of each condition made here, and what `annotate` noted in the set of those made before.
+    Pictures that cannot be read keep no map.
     Raises `UsageError` for an unknown condition, or one that needs weights, naming the command that makes its maps.
     """
     wanted = list(conds)
@@ -64,8 +65,9 @@ def ensure_maps(
                 f"'{source.name}' has no {annotator.name} maps, and making them needs a model. First run: "
                 f"sctool annotate {source.root or source.name} --cond {annotator.name}"
             )
+    noted = recorded(source.records, [spec.partition(":")[0] for spec in wanted])
     if not annotators:
-        return source, {}
+        return source, noted
     todo = [
         MapJob(tuple(source.records[start : start + CHUNK]), annotators, size, cache or _cache())
         for start in range(0, len(source.records), CHUNK)
@@ -84,9 +86,30 @@ def ensure_maps(
         replace(record, maps={**record.maps, **{cond: FileBlob(str(path)) for cond, path in made.items()}})
         for record, made in zip(source.records, maps, strict=True)
     ]
-    return replace(source, records=records), {
+    return replace(source, records=records), noted | {
         annotator.name: {**annotator.id, "opencv": cv2.__version__} for annotator in annotators
     }
+
+
+def recorded(records: Iterable[Record], conds: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How a set's own maps were made, as `annotate` noted it with each picture, by condition.
+
+    A setting that differs between pictures (random thresholds, say) is left out and `<setting>_varies` stands for it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    names = list(conds)
+    for record in records:
+        noted = record.meta.get("conditions")
+        noted = json.loads(noted) if isinstance(noted, str) else noted
+        for name in names:
+            how = (noted or {}).get(name)
+            if not isinstance(how, dict):
+                continue
+            known = found.setdefault(name, dict(how))
+            for key in [k for k in known if not k.endswith("_varies") and known[k] != how.get(k)]:
+                del known[key]
+                known[f"{key}_varies"] = True
+    return found
 
 
 def _named(source: Source, wanted: list[str]) -> Source:

@@ -14,6 +14,7 @@ import tarfile
 import time
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -22,7 +23,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from sctool.annotators.ondemand import ensure_maps
+from sctool.annotators.ondemand import ensure_maps, recorded
 from sctool.annotators.run import annotate
 from sctool.cli import run as cli
 from sctool.core.config import AnnotateConfig
@@ -546,3 +547,11 @@ def test_a_condition_that_needs_a_model_names_the_command(tmp_path, monkeypatch)
     src = open_source(str(folder_of(tmp_path / "src", 1)))
     with pytest.raises(UsageError, match=r"sctool annotate .* --cond hed"):
         ensure_maps(src, ("hed",), 32, tmp_path / "cache")
+
+
+def test_how_maps_were_made_is_read_back_from_an_annotated_set(tmp_path):
+    go(shards_of(tmp_path / "src", 1, 3), tmp_path / "out", cond=("canny:low=50",))
+    source, made = ensure_maps(open_source(tmp_path / "out"), ["canny"], 64, tmp_path / "cache")
+    assert (made["canny"]["low"], made["canny"]["high"]) == (50, 200)
+    varied = [replace(r, meta={"conditions": {"canny": {"low": i, "high": 200}}}) for i, r in enumerate(source.records)]
+    assert recorded(varied, ["canny"]) == {"canny": {"high": 200, "low_varies": True}}
