@@ -15,12 +15,12 @@ import cv2
 from ..core.data.images import BadImage, Geometry, decode_rgb
 from ..core.data.records import ANY, FileBlob, Record, Source
 from ..core.errors import UsageError
+from ..core.files import write_bytes
 from . import parse_conditions
 from .base import Annotator
 from .color import enlarge
 from .maps import encode_png
 from .pool import Beat, run_jobs
-from .small import write_small
 
 CHUNK = 256
 IN_PROCESS = 512
@@ -155,7 +155,7 @@ def _maps_of(record: Record, annotators: list[Annotator], geometry: Geometry, jo
                 ((made, _),) = annotator([pixels], [record.key])
                 if made.shape[:2] != (job.size, job.size):
                     made = enlarge(made, job.size, job.size)  # no reader then takes it for a map of the whole picture
-                write_small(path, encode_png(made, bilevel=annotator.bilevel))
+                write_bytes(path, encode_png(made, bilevel=annotator.bilevel), flush=False)
             paths[annotator.name] = path
     except (BadImage, OSError):
         return {}  # the check of the set names the picture

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.data.images import BadImage
-from ..core.data.records import ANY, Blob, Record, split_name
-from ..core.files import replacing, write_text
+from ..core.data.records import ANY, Blob, FileBlob, Record, split_name
+from ..core.errors import SctoolError
+from ..core.files import replacing, write_bytes, write_text
 from .base import Annotator
 from .maps import Made, Size, make
 from .pool import Beat
-from .small import link, write_small
 
 HIDDEN = ".sctool"
 """Folder of settings and markers in a written set; loaders of data sets skip hidden folders."""
@@ -170,7 +170,7 @@ class FolderWriter:
     def __exit__(self, *failure: Any) -> None: ...
 
     def _write(self, name: str, data: bytes) -> None:
-        write_small(self.job.out / name, data)
+        write_bytes(self.job.out / name, data, flush=False)  # the marker holds its size
         self.files[name] = len(data)
 
     def add(self, record: Record, name: str, data: bytes, made: Made, carried: dict[str, bytes]) -> dict[str, Any]:
@@ -259,3 +259,15 @@ class ShardWriter:
         for cond, png in made.maps.items():
             self._put(cond, f"{record.key}.{cond}.png", png)
         return {"key": record.key, "conditions": json.dumps(_conditions(record, made), sort_keys=True)}
+
+
+def link(source: Blob, target: Path) -> bool:
+    """Makes `target` a hard link to the file that `source` is; False where that is not possible."""
+    if not isinstance(source, FileBlob):
+        return False
+    try:
+        with replacing(target, flush=False) as temporary:
+            os.link(os.path.realpath(source.path), temporary)
+    except SctoolError:
+        return False
+    return True

@@ -15,9 +15,11 @@ from .errors import SctoolError
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, flush: bool = True) -> Iterator[Path]:
     """Yields a temporary sibling of `path`; renames it onto `path` on success, removes it on failure.
 
+    Without `flush` the disk is not waited for, which for many small files takes longer than making them; what a power
+    failure may then lose must be found again by other means.
     Raises `SctoolError` when the disk is full or the folder cannot be written; `path` is then unchanged.
     """
     path = Path(path)
@@ -25,8 +27,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise SctoolError(
@@ -34,12 +37,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
             "free some space or choose another folder, then run the same command again."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # also: renaming onto a link to the same file leaves both
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes `data` to `path` as a whole or not at all."""
-    with replacing(path) as temporary:
+def write_bytes(path: str | Path, data: bytes, flush: bool = True) -> None:
+    """Writes `data` to `path` as a whole or not at all; see `replacing`."""
+    with replacing(path, flush) as temporary:
         temporary.write_bytes(data)
 
 

@@ -133,9 +133,7 @@ def train(
         data = prepared(train_records, config.flip)
         val = prepared(val_records, False) if val_records else None
     if not len(data):
-        raise SctoolError(
-            f"--data {config.data} holds no picture to train on; run: sctool annotate --help, or see errors above."
-        )
+        raise SctoolError(f"--data {config.data} holds no picture to train on; its faults stand above.")
     backbone.free_encoders()
 
     tuner = build_tuner(config, backbone)
