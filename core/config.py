@@ -37,6 +37,9 @@ class SCEditConfig(Config):
     dual: bool = Field(
         False, description="dense convolution as conv3x3 to a fifth of the width, then conv1x1 (CSC only)"
     )
+    cascade: Literal["zero-chain", "zero-heads"] = Field(
+        "zero-chain", description="what starts at zero: the cascade itself (paper), or a 1x1 head on each level (CSC only)"
+    )
     hint_channels: int | None = Field(None, description="width of the encoded hint; 256, or 320 for SDXL (CSC only)")
     weights: dict[str, float] = Field(default_factory=dict, description="weight of each condition (alpha in eq. 7)")
     normalize: bool = Field(True, description="scale the condition weights to a sum of 1, as in eq. 7 (CSC only)")
@@ -147,11 +150,14 @@ def preset(name: str) -> dict[str, Any]:
     return read_yaml(known[name])
 
 
+SETTINGS_REMEDY = " A method's own settings are written tuner.KEY=VALUE."
+
+
 def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     """Validates `values` as `cls`. Raises `UsageError` that names the key, the fault and the nearest known key."""
     for key in values:
         if key not in cls.model_fields:
-            raise unknown(f"{where}key", key, cls.model_fields)
+            raise unknown(f"{where}key", key, cls.model_fields, SETTINGS_REMEDY if "tuner" in cls.model_fields else "")
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:

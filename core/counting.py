@@ -36,8 +36,9 @@ VARIANTS = (
     Variant("CSC-Tuner, kernel 3", "scedit", {"kernel": 3}, 1),
     Variant("CSC-Tuner, skips 0,3,4,6,7,9,11", "scedit", {"skips": [0, 3, 4, 6, 7, 9, 11]}, 1),
     Variant("CSC-Tuner, dual conv", "scedit", {"dual": True}, 1),
+    Variant("CSC-Tuner, zero heads", "scedit", {"cascade": "zero-heads"}, 1),
     Variant("CSC-Tuner, 2 conditions", "scedit", {}, 2),
-)  # the settings of SCEdit's tables 1, 2, 5 and 6
+)  # the settings of SCEdit's tables 1, 2, 5 and 6, and our heads
 
 
 @dataclass(frozen=True)

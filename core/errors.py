@@ -26,14 +26,14 @@ class Interrupted(SctoolError):
         self.exit_code = 128 + signal_number
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """A `UsageError` for a misspelt name: says what is known and which known name is nearest."""
+def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UsageError:
+    """A `UsageError` for a misspelt name: says what is known, which known name is nearest, and a `remedy`."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     # Of equally near names the one that differs in its last letter alone: sd16 means sd15, not sd21.
     best = max(near, key=lambda k: (_likeness(name, k), k[:-1] == name[:-1]), default=None)
     hint = f" Did you mean '{best}'?" if best else ""
-    return UsageError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}.")
+    return UsageError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}.{remedy}")
 
 
 def _likeness(a: str, b: str) -> float:

@@ -71,6 +71,10 @@ class Run:
         found = [p for p in (self.path / "state").glob("step-*") if (p / "state.json").is_file()]
         return sorted(found, key=lambda p: int(p.name[5:]))
 
+    def become_latest(self) -> None:
+        """Makes this the run that is meant where none is named."""
+        write_text(self.path.parent / "latest", self.name + "\n")
+
     def log(self, row: dict[str, Any]) -> None:
         """Appends one row to metrics.jsonl."""
         with self.metrics.open("a") as file:
@@ -107,7 +111,7 @@ def default_name(config: TrainConfig) -> str:
 
 
 def open_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:
-    """The run folder for `config`, made if new; `latest` then names it.
+    """The run folder for `config`, made if new.
 
     Raises `UsageError` when a run of that name holds another configuration, naming the keys that differ.
     """
@@ -122,7 +126,6 @@ def open_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:
     run.path.mkdir(parents=True, exist_ok=True)
     write_text(run.path / "config.yaml", to_yaml(config))
     write_json(run.path / "env.json", environment())
-    write_text(Path(out) / "latest", run.name + "\n")
     return run
 
 

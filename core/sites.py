@@ -184,7 +184,7 @@ class SkipEditor:
             return {known[0]: hint}
         for name in hint:
             if name not in known:
-                raise unknown("hint", name, known)
+                raise unknown("hint", name, known or ("none, the tuner was trained without --cond",))
         return {name: value for name, value in hint.items() if value is not None}
 
     def _encode(self, hints: dict[str, Tensor], latents: Tensor) -> list[Features]:

@@ -71,18 +71,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
-    """The untrained tuner of `config`, or the one in `config.init` to go on from."""
+    """The untrained tuner of `config`, or the one in `config.init` to go on from.
+
+    A run that names no settings of the method takes those of `init`. Raises `UsageError` when the two differ.
+    """
     settings = method_config(config.method, config.tuner)
-    torch.manual_seed(config.seed)
-    tuner = tuner_class(config.method).build(settings, backbone.denoiser, config.cond, vae_scale=backbone.vae_scale)
-    if config.init:
-        start = load_tuner(config.init, backbone)
-        if start.method != config.method or tuple(start.conditions) != tuple(config.cond) or start.config != settings:
-            raise UsageError(
-                f"init={config.init} holds {start.method} with conditions {list(start.conditions)} and {start.config}; "
-                f"this run asks for {config.method} with {list(config.cond)} and {settings}."
-            )
-        tuner.load_state_dict(start.state_dict())
+    if not config.init:
+        torch.manual_seed(config.seed)
+        return tuner_class(config.method).build(
+            settings, backbone.denoiser, config.cond, vae_scale=backbone.vae_scale
+        )
+    tuner = load_tuner(config.init, backbone)
+    same = tuner.config == settings or not config.tuner
+    if tuner.method != config.method or tuple(tuner.conditions) != tuple(config.cond) or not same:
+        raise UsageError(
+            f"init={config.init} holds {tuner.method} with conditions {list(tuner.conditions)} and {tuner.config}; "
+            f"this run asks for {config.method} with {list(config.cond)} and {settings}."
+        )
     return tuner
 
 
@@ -153,7 +158,9 @@ def train(
     ema = EMAModel(parameters, decay=config.ema) if config.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     start = load_state(run, tuner, optimizer, ema, scaler)
-    run.forget_after(start) if accelerator.is_main_process else None
+    if accelerator.is_main_process:
+        run.forget_after(start)
+        run.become_latest()  # not before: a training that was refused is no run to sample from
     if config.compile:
         model.compile()
     wrapped = accelerator.prepare_model(model)

@@ -61,6 +61,9 @@ def cascade(weights, prefix, hint, levels):
         kernel = weights[f"{prefix}.dense.{level}.convs.0.weight"]
         bias = weights[f"{prefix}.dense.{level}.convs.0.bias"]
         c = made[level] = F.conv2d(F.silu(c), kernel, bias, stride, kernel.shape[-1] // 2)
+        if f"{prefix}.heads.{level}.weight" in weights:  # not in the paper: c_i = W_i trunk_i + b_i
+            head = weights[f"{prefix}.heads.{level}.weight"].flatten(1)
+            made[level] = torch.einsum("oc,bchw->bohw", head, c) + weights[f"{prefix}.heads.{level}.bias"][:, None, None]
     return made
 
 
@@ -119,6 +122,7 @@ def restated(net, weights, latents, t, embeds, hints, levels, edit_sc):
         ((), {"skips": (1, 5), "ratio": 0.5}),
         (("canny", "color"), {}),
         (("canny", "color"), {"kernel": 3, "skips": (0, 2, 3, 5)}),
+        (("canny", "color"), {"cascade": "zero-heads", "skips": (0, 2, 3, 5)}),
     ],
 )
 def test_output_and_gradients_equal_the_paper_in_float64(conditions, settings):
@@ -184,6 +188,35 @@ def test_the_stem_ends_on_the_latents_grid(factor):
         out = stem(torch.empty(1, 3, 5 * factor, 7 * factor))
     assert out.shape == (1, 256, 5, 7)
     assert sum(p.numel() for p in stem.parameters()) == 348_880
+
+
+@pytest.mark.parametrize("settings", [{}, {"dual": True}, {"kernel": 3}])
+def test_heads_start_at_the_identity_and_every_level_sees_the_map_at_the_second_step(settings):
+    net = unet()
+    latents, t, embeds, hints = inputs()
+    base, reached = net(latents, t, embeds).sample, {}
+    for cascade in ("zero-chain", "zero-heads"):
+        torch.manual_seed(0)
+        tuner = SCEdit.build(SCEditConfig(cascade=cascade, **settings), net, ("canny",), 4)
+        model = TunedBackbone(copy.deepcopy(net), tuner)
+        optimizer = torch.optim.SGD(tuner.parameters(), 1.0)
+        for step in range(2):
+            out = model(latents, t, {"prompt_embeds": embeds}, {"canny": hints["canny"]})
+            assert torch.equal(out, base) or step
+            optimizer.zero_grad()
+            (out - latents).square().mean().backward()
+            optimizer.step()
+        features = tuner.encode({"canny": torch.rand(2, 3, 32, 32)})["canny"]
+        reached[cascade] = [not torch.equal(c[0], c[1]) for c in features.values()]
+    assert reached["zero-heads"] == [True] * 6
+    assert not all(reached["zero-chain"])
+
+
+def test_a_lively_stem_keeps_the_variance():
+    torch.manual_seed(0)
+    tuner = SCEdit.build(SCEditConfig(cascade="zero-heads"), unet(), ("canny",), 4)
+    edges = (torch.rand(16, 1, 64, 64) < 0.2).float().expand(-1, 3, -1, -1)
+    assert 0.2 < tuner.csc["canny"].stem(edges).std(0).mean() < 2
 
 
 def test_wrong_settings_are_named():

@@ -216,3 +216,14 @@ def test_starting_from_a_trained_tuner(tiny_base: Path, edges: Path, tmp_path: P
         torch.testing.assert_close(value, weights(first)[key], rtol=0, atol=1e-6)
     with pytest.raises(UsageError, match="this run asks for"):
         trained(tmp_path, config(tiny_base, edges, steps=1, init=str(first.path)), "third")
+    assert (tmp_path / "latest").read_text() == "second\n"
+
+
+def test_a_start_brings_its_settings_unless_others_are_named(tiny_base: Path, edges: Path, tmp_path: Path) -> None:
+    settings = {"cascade": "zero-heads", "ratio": 0.5}
+    first = trained(tmp_path, config(tiny_base, edges, cond=("canny",), steps=1, tuner=settings), "first")
+    more = {"cond": ("canny",), "steps": 1, "init": str(first.path)}
+    assert weights(trained(tmp_path, config(tiny_base, edges, **more), "second")).keys() == weights(first).keys()
+    trained(tmp_path, config(tiny_base, edges, tuner=settings, **more), "third")
+    with pytest.raises(UsageError, match="zero-heads.*this run asks for.*zero-chain"):
+        trained(tmp_path, config(tiny_base, edges, tuner={"ratio": 0.5}, **more), "fourth")
