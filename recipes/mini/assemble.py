@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--parts", default="work/mini", type=Path, help="folder of vae, clip, tokenizer, text_encoder")
     parser.add_argument("--run", type=Path, help="run folder of the U-Net's training (final, card)")
     parser.add_argument("--out", default=ASSETS, type=Path, help="where final and card write")
-    device = "one core of an Intel Xeon at 2.5 GHz, shared with other work"
+    device = "one core of a shared server (first part Intel Xeon at 2.5 GHz, second AMD EPYC)"
     parser.add_argument("--device", default=device, help="for the card")
     args = parser.parse_args()
     if args.stage != "init" and args.run is None:

@@ -13,11 +13,10 @@ import math
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import load_photos, square
+from common import load_photos, random_square, square
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -60,15 +59,7 @@ def to_tensor(crops: list[np.ndarray]) -> torch.Tensor:
 
 def augment(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A crop of 70 to 100 % of the centre square's side near the centre, a mirror image, light, an erased box."""
-    height, width = photo.shape[:2]
-    side = min(height, width)
-    crop = round(side * rng.uniform(0.7, 1.0))
-    slack = (side - crop) // 2 + side // 12
-    top = np.clip((height - crop) // 2 + rng.integers(-slack, slack + 1), 0, height - crop)
-    left = np.clip((width - crop) // 2 + rng.integers(-slack, slack + 1), 0, width - crop)
-    picture = cv2.resize(photo[top : top + crop, left : left + crop], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
-    if rng.random() < 0.5:
-        picture = picture[:, ::-1]
+    picture = random_square(photo, SIZE, 0.7, rng)
     gain, lift = rng.uniform(0.8, 1.2), rng.uniform(-20, 20)
     picture = np.clip(picture.astype(np.float32) * gain + lift, 0, 255).astype(np.uint8)
     if rng.random() < 0.25:

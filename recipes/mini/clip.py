@@ -18,11 +18,10 @@ import math
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Photo, load_photos, square
+from common import Photo, load_photos, random_square, square
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -97,16 +96,7 @@ def to_tensor(crops: list[np.ndarray]) -> torch.Tensor:
 
 def augment(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Random crop of 60 to 100 % of the centre square's side, mirror, brightness and contrast; never hue."""
-    height, width = photo.shape[:2]
-    side = min(height, width)
-    crop = round(side * rng.uniform(0.6, 1.0))
-    # The crop's centre stays near the picture's: garments lie in the middle of tall pictures.
-    slack = (side - crop) // 2 + side // 12
-    top = np.clip((height - crop) // 2 + rng.integers(-slack, slack + 1), 0, height - crop)
-    left = np.clip((width - crop) // 2 + rng.integers(-slack, slack + 1), 0, width - crop)
-    picture = cv2.resize(photo[top : top + crop, left : left + crop], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
-    if rng.random() < 0.5:
-        picture = picture[:, ::-1]
+    picture = random_square(photo, SIZE, 0.6, rng)
     gain, lift = rng.uniform(0.9, 1.1), rng.uniform(-12, 12)
     return np.clip(picture.astype(np.float32) * gain + lift, 0, 255).astype(np.uint8)
 

@@ -44,3 +44,18 @@ def square(pixels: np.ndarray, size: int) -> np.ndarray:
     pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     top, left = (height - size) // 2, (width - size) // 2
     return pixels[top : top + size, left : left + size]
+
+
+def random_square(pixels: np.ndarray, size: int, least: float, rng: np.random.Generator) -> np.ndarray:
+    """A crop of `least` to 1 of the shorter side, resized to (size, size, 3), mirrored half of the time.
+
+    Its centre stays near the picture's: garments lie in the middle of tall pictures.
+    """
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    crop = round(side * rng.uniform(least, 1.0))
+    slack = (side - crop) // 2 + side // 12
+    top = np.clip((height - crop) // 2 + rng.integers(-slack, slack + 1), 0, height - crop)
+    left = np.clip((width - crop) // 2 + rng.integers(-slack, slack + 1), 0, width - crop)
+    picture = cv2.resize(pixels[top : top + crop, left : left + crop], (size, size), interpolation=cv2.INTER_AREA)
+    return picture[:, ::-1] if rng.random() < 0.5 else picture
