@@ -28,8 +28,9 @@ install: .venv/ready ## make .venv with everything in it
 
 demo: .venv/ready ## photographs -> edges -> a controlled model -> pictures and numbers, in minutes on a CPU
 	$(SC) annotate photos --cond canny --size crop:mini --out work/demo/data --quiet
-	$(SC) train --preset demo --name demo --data work/demo/data --out work/demo/runs
-	$(SC) evaluate --runs work/demo/runs --count 24 --steps 25 --nmse --clip --fid
+	$(SC) annotate core/assets/drawings --cond canny --size crop:mini --out work/demo/drawings --quiet
+	$(SC) train --preset demo --name demo --data work/demo/data --val-data work/demo/drawings --out work/demo/runs
+	$(SC) evaluate --runs work/demo/runs --steps 25 --nmse --clip
 	@echo "Look at work/demo/runs/$$(cat work/demo/runs/latest)/samples/sheet.png"
 
 test: .venv/ready ## the tests, the README's commands among them

@@ -1,9 +1,11 @@
 """What a training step costs: SC-Tuner and CSC-Tuner against full fine-tuning, LoRA (peft) and ControlNet (diffusers).
 
 All on one SD 1.5 U-Net with random weights, paired in one run. FLOPs and bytes kept for backward are exact, counted on
-fake tensors at 512 px; time is process CPU time of forward and backward on one thread, without the optimizer.
+fake tensors at 512 px; time is process CPU time of forward and backward on one thread, without the optimizer, by
+default with frozen weights and activations in bfloat16, as the trainer runs on a GPU.
 
     python benchmarks/training.py --out docs/benchmarks-training.md
+    python benchmarks/training.py --precision fp32 --side 32
     python benchmarks/training.py --no-time            # FLOPs and bytes only: a minute, little memory
 """
 
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -66,10 +69,11 @@ def full(net: UNet2DConditionModel) -> Method:
 
 
 def lora(targets: str) -> Callable[[UNet2DConditionModel], Method]:
-    """Peft's LoRA of rank 64 on the layers whose names match."""
+    """Peft's LoRA of rank 64 on the layers whose names match, its weights float32 as in diffusers' training scripts."""
 
     def build(net: UNet2DConditionModel) -> Method:
         net.requires_grad_(False).add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=targets))
+        cast_training_params(net, torch.float32)
         return Method(net, plain(net))
 
     return build
@@ -93,8 +97,8 @@ def scedit(*conditions: str, **settings: object) -> Callable[[UNet2DConditionMod
 
 
 def controlnet(net: UNet2DConditionModel) -> Method:
-    """Diffusers' ControlNet on a frozen U-Net."""
-    control = ControlNetModel.from_unet(net.requires_grad_(False)).requires_grad_(True)
+    """Diffusers' ControlNet on a frozen U-Net, in the U-Net's dtype."""
+    control = ControlNetModel.from_unet(net.requires_grad_(False)).to(net.dtype).requires_grad_(True)
 
     def predict(i: Inputs) -> Tensor:
         down, mid = control(i["latents"], i["t"], i["embeds"], controlnet_cond=i["hint"], return_dict=False)
@@ -121,16 +125,17 @@ METHODS: dict[str, Callable[[UNet2DConditionModel], Method]] = {
     "CSC-Tuner k=3": scedit("hint", kernel=3),
     "ControlNet": controlnet,
 }
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TUNER, FULL, LORA = "SC-Tuner", "full", "LoRA r64 attention+FF"
 
 
-def example(side: int, batch: int, width: int) -> Inputs:
+def example(side: int, batch: int, width: int, dtype: torch.dtype = torch.float32) -> Inputs:
     """Random inputs for latents (batch, 4, side, side) and their hint of eight times the side."""
     return {
-        "latents": torch.randn(batch, 4, side, side),
+        "latents": torch.randn(batch, 4, side, side, dtype=dtype),
         "t": torch.randint(0, 1000, (batch,)),
-        "embeds": torch.randn(batch, 77, width),
-        "hint": torch.rand(batch, 3, 8 * side, 8 * side),
+        "embeds": torch.randn(batch, 77, width, dtype=dtype),
+        "hint": torch.rand(batch, 3, 8 * side, 8 * side, dtype=dtype),
     }
 
 
@@ -180,19 +185,19 @@ def kept_bytes(method: Method, inputs: Inputs) -> int:
 # -------------------------------------------------------------------------------------------------------- time
 
 
-def timed(base: Architecture, names: list[str], side: int, repeats: int) -> dict[str, list[float]]:
+def timed(base: Architecture, names: list[str], side: int, repeats: int, dtype: torch.dtype) -> dict[str, list[float]]:
     """CPU seconds of each method's step in every repeat; the methods take turns, so that load falls on all alike.
 
     All share the storage of one set of frozen weights. A first, unmeasured round warms up.
     """
     torch.manual_seed(0)
-    source = base.denoiser("cpu").state_dict()
+    source = base.denoiser("cpu").to(dtype).state_dict()
     methods = {}
     for name in names:
         net = base.denoiser("meta")
         net.load_state_dict(source, assign=True)
         methods[name] = METHODS[name](net)
-    inputs = example(side, 1, base.config["cross_attention_dim"])
+    inputs = example(side, 1, base.config["cross_attention_dim"], dtype)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(-1, repeats):
         turn = max(repeat, 0) % len(names)
@@ -257,7 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the page")
     parser.add_argument("--no-time", action="store_true", help="FLOPs and bytes only")
     parser.add_argument("--repeats", type=int, default=5, help="paired repeats")
-    parser.add_argument("--side", type=int, default=32, help="latent side for the timed part (64 is 512 px)")
+    parser.add_argument("--side", type=int, default=64, help="latent side for the timed part (64 is 512 px)")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of the timed part")
     parser.add_argument("--tiny", action="store_true", help="a tiny U-Net, to try the benchmark itself")
     given = parser.parse_args(arguments)
 
@@ -266,16 +272,18 @@ def main(arguments: list[str] | None = None) -> int:
     small = {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 8, "attention_head_dim": 4}
     base = Architecture("sd15", {**KNOWN["sd15"], **(small if given.tiny else {})}, 8)
     figures = {name: counted(base, build, 64) for name, build in METHODS.items()}
-    seconds = {} if given.no_time else timed(base, list(METHODS), given.side, given.repeats)
+    seconds = {} if given.no_time else timed(base, list(METHODS), given.side, given.repeats, DTYPES[given.precision])
     protocol = (
-        f"SD 1.5 U-Net{' (TINY: figures mean nothing)' if given.tiny else ''}, random weights, float32, eager. FLOPs "
-        "and bytes: 64x64 latents (512 px), batch 1, counted on fake tensors (2 FLOPs a multiply-add; convolutions, "
-        "linear layers and attention). Backward as autograd really runs it: frozen weights get no gradients."
+        f"SD 1.5 U-Net{' (TINY: figures mean nothing)' if given.tiny else ''}, random weights, eager. FLOPs "
+        "and bytes: float32, 64x64 latents (512 px), batch 1, counted on fake tensors (2 FLOPs a multiply-add; "
+        "convolutions, linear layers and attention). Backward as autograd really runs it: frozen weights get no "
+        "gradients."
     )
     if seconds:
         protocol += (
-            f" Time: {given.side}x{given.side} latents, batch 1, process CPU time of forward and backward, one thread "
-            f"of {processor()}, methods in turn, median of {given.repeats} paired ratios."
+            f" Time: {given.precision}, {given.side}x{given.side} latents, batch 1, process CPU time of forward and "
+            f"backward, one thread of {processor()}, methods in turn, median of {given.repeats} paired ratios. Frozen "
+            "weights, and all of full and ControlNet, in that precision; LoRA and SCEdit keep their own in float32."
         )
     protocol += f" torch {torch.__version__}."
     page = report(figures, seconds, protocol)

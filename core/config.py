@@ -38,7 +38,7 @@ class SCEditConfig(Config):
         False, description="dense convolution as conv3x3 to a fifth of the width, then conv1x1 (CSC only)"
     )
     cascade: Literal["zero-chain", "zero-heads"] = Field(
-        "zero-chain", description="what starts at zero: the cascade itself (paper), or a 1x1 head on each level (CSC only)"
+        "zero-chain", description="what starts at zero: the chain (paper), or a 1x1 head on each level (CSC only)"
     )
     hint_channels: int | None = Field(None, description="width of the encoded hint; 256, or 320 for SDXL (CSC only)")
     weights: dict[str, float] = Field(default_factory=dict, description="weight of each condition (alpha in eq. 7)")

@@ -78,9 +78,7 @@ def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
     settings = method_config(config.method, config.tuner)
     if not config.init:
         torch.manual_seed(config.seed)
-        return tuner_class(config.method).build(
-            settings, backbone.denoiser, config.cond, vae_scale=backbone.vae_scale
-        )
+        return tuner_class(config.method).build(settings, backbone.denoiser, config.cond, vae_scale=backbone.vae_scale)
     tuner = load_tuner(config.init, backbone)
     same = tuner.config == settings or not config.tuner
     if tuner.method != config.method or tuple(tuner.conditions) != tuple(config.cond) or not same:

@@ -137,19 +137,24 @@ def sample_heldout(
 
 
 def side_by_side(folders: Sequence[Path], requests: Sequence[Request], count: int, title: str) -> Path:
-    """sheet.png beside the folders: a row a picture, its hints on the left, then the same picture of each folder."""
+    """sheet.png beside the folders: a row a picture, its hints on the left, then the same picture of each folder.
+
+    `count` pictures spread evenly over all, since neighbours in a set are often alike.
+    """
     import numpy as np
     from PIL import Image
 
     from ..core.sheets import save_png, sheet
 
+    count = min(count, len(requests))
+    shown = {i: requests[i] for i in (row * len(requests) // count for row in range(count))}
     rows = []
-    for index, request in enumerate(requests[:count]):
+    for index, request in shown.items():
         pictures = [np.asarray(Image.open(folder / f"{index:06d}.png")) for folder in folders]
         rows.append([*request.hints.values(), *pictures])
     path = folders[0].parent / "sheet.png"
     headings = [*requests[0].hints, *(folder.name for folder in folders)]
-    save_png(sheet(rows, headings, [r.prompt[:60] for r in requests[:count]], title), path)
+    save_png(sheet(rows, headings, [r.prompt[:60] for r in shown.values()], title), path)
     return path
 
 

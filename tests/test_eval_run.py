@@ -165,6 +165,7 @@ def run(tiny_base: Path, edges: Path, tmp_path_factory: pytest.TempPathFactory) 
 
     config = TrainConfig(base=str(tiny_base), data=str(edges), cond=("canny",), guidance=1.5, size=32)
     made = open_run(tmp_path_factory.mktemp("out") / "runs", "edges", config)
+    made.become_latest()
     backbone = load_backbone(str(tiny_base))
     save_tuner(made.tuner, build_tuner(config, backbone), backbone, maps={"canny": {"low": 50, "high": 150}})
     return made

@@ -62,8 +62,8 @@ def cascade(weights, prefix, hint, levels):
         bias = weights[f"{prefix}.dense.{level}.convs.0.bias"]
         c = made[level] = F.conv2d(F.silu(c), kernel, bias, stride, kernel.shape[-1] // 2)
         if f"{prefix}.heads.{level}.weight" in weights:  # not in the paper: c_i = W_i trunk_i + b_i
-            head = weights[f"{prefix}.heads.{level}.weight"].flatten(1)
-            made[level] = torch.einsum("oc,bchw->bohw", head, c) + weights[f"{prefix}.heads.{level}.bias"][:, None, None]
+            head, shift = (weights[f"{prefix}.heads.{level}.{name}"] for name in ("weight", "bias"))
+            made[level] = torch.einsum("oc,bchw->bohw", head.flatten(1), c) + shift[:, None, None]
     return made
 
 

@@ -225,5 +225,5 @@ def test_a_start_brings_its_settings_unless_others_are_named(tiny_base: Path, ed
     more = {"cond": ("canny",), "steps": 1, "init": str(first.path)}
     assert weights(trained(tmp_path, config(tiny_base, edges, **more), "second")).keys() == weights(first).keys()
     trained(tmp_path, config(tiny_base, edges, tuner=settings, **more), "third")
-    with pytest.raises(UsageError, match="zero-heads.*this run asks for.*zero-chain"):
+    with pytest.raises(UsageError, match=r"zero-heads.*this run asks for.*zero-chain"):
         trained(tmp_path, config(tiny_base, edges, tuner={"ratio": 0.5}, **more), "fourth")
