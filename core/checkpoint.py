@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bases import ASSETS
 from .errors import SctoolError, UsageError
-from .files import replacing, write_json
+from .files import replacing, save_tensors, write_json
 from .tuners import method_config, tuner_class
 
 if TYPE_CHECKING:
@@ -90,18 +90,12 @@ def save_tuner(
 
     `path` is a folder, or a file ending in .safetensors. Raises `SctoolError` when it cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / NAME
     meta = describe(tuner, backbone, maps, **more)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(tuner.state_dict().items())}
+    tensors = {name: value.detach().cpu() for name, value in sorted(tuner.state_dict().items())}
     with replacing(file) as temporary:
-        try:
-            save_file(tensors, temporary, {"format": "pt", "sctool": json.dumps(meta, sort_keys=True)})
-        except SafetensorError as error:  # the library's own kind for a full disk
-            raise OSError(str(error)) from error
+        save_tensors(tensors, temporary, {"format": "pt", "sctool": json.dumps(meta, sort_keys=True)})
     write_json(file.with_suffix(".json"), meta)
     return file
 
@@ -141,7 +135,7 @@ def _check_base(file: Path, meta: Mapping[str, Any], target: Any) -> None:
         return
     raise SctoolError(
         f"tuner '{file}' was trained on base '{base.get('id')}' ({base['hash'][:12]}), not on {_named(target)}. "
-        f"Use --base {base.get('id')}, or --force to load it all the same."
+        f"Use --base {base.get('id')}; `sctool sample --force` loads it all the same."
     )
 
 

@@ -11,10 +11,10 @@ import shutil
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .errors import SctoolError
-from .files import replacing_folder
+from .files import replacing_folder, save_tensors
 from .runs import Run
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,11 +38,10 @@ def save_state(
         for kind in MOMENTS
     }
     with replacing_folder(run.path / "state" / f"step-{step}") as folder:
-        save_file({name: p.detach().contiguous() for name, p in named.items()}, folder / "weights.safetensors")
-        save_file({name: m.contiguous() for name, m in moments.items()}, folder / "optimizer.safetensors")
+        save_tensors({name: p.detach() for name, p in named.items()}, folder / "weights.safetensors")
+        save_tensors(moments, folder / "optimizer.safetensors")
         if ema is not None:
-            averages = {name: a.contiguous() for name, a in zip(named, ema.shadow_params, strict=True)}
-            save_file(averages, folder / "ema.safetensors")
+            save_tensors(dict(zip(named, ema.shadow_params, strict=True)), folder / "ema.safetensors")
         meta = {"step": step, "scaler": scaler.state_dict(), "ema_steps": ema.optimization_step if ema else 0}
         (folder / "state.json").write_text(json.dumps(meta))
     for old in run.states()[:-keep]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from ..files import replacing, write_text
+from ..files import replacing, save_tensors, write_text
 from .images import BadImage
 from .records import Blob
 
@@ -60,7 +60,7 @@ class Rows:
         path = self.folder / f"{content_key(*keys)[:40]}.safetensors"
         metadata = {"format": FORMAT, "keys": json.dumps(list(keys))}
         with replacing(path) as temporary:
-            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary, metadata)
+            save_tensors({name: value.cpu() for name, value in tensors.items()}, temporary, metadata)
         self._open.pop(path, None)
         self.places.update({key: (path, row) for row, key in enumerate(keys)})
 
