@@ -212,7 +212,7 @@ def test_heads_start_at_the_identity_and_every_level_sees_the_map_at_the_second_
     assert not all(reached["zero-chain"])
 
 
-def test_a_lively_stem_keeps_the_variance():
+def test_the_stem_under_heads_keeps_the_variance():
     torch.manual_seed(0)
     tuner = SCEdit.build(SCEditConfig(cascade="zero-heads"), unet(), ("canny",), 4)
     edges = (torch.rand(16, 1, 64, 64) < 0.2).float().expand(-1, 3, -1, -1)

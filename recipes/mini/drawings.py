@@ -28,7 +28,6 @@ SKIRT: Line = ((0, 24), (17, 24), (22, 44), (34, 82), (14, 86), (0, 87))
 DRESS: Line = ((0, 22), (6, 20), (9, 8), (14, 8), (15, 24), (12, 44), (32, 90), (0, 94))
 HAT: Line = ((0, 26), (14, 28), (21, 40), (23, 58), (42, 68), (30, 76), (0, 78))
 JACKET: Line = ((0, 22), (9, 14), (23, 19), (36, 46), (41, 82), (31, 84), (25, 50), (26, 90), (1, 90))
-WAIST: Line = ((22, 18), (0, 18))
 
 GARMENTS: tuple[tuple[str, str, Line, tuple[Line, ...]], ...] = (
     ("t-shirt", "red", TEE, (COLLAR,)),
@@ -42,7 +41,7 @@ GARMENTS: tuple[tuple[str, str, Line, tuple[Line, ...]], ...] = (
     ("skirt", "black", SKIRT, ()),
     ("hat", "grey", HAT, (((23, 58), (0, 62)),)),
     ("long-sleeve top", "red", LONG, (((24, 60), (0, 60)), ((10, 14), (0, 30)))),
-    ("pair of pants", "brown", PANTS, (WAIST,)),
+    ("pair of pants", "brown", PANTS, (((22, 18), (0, 18)),)),
 )
 COLOURS = {
     "red": (190, 30, 40), "blue": (50, 95, 190), "black": (35, 33, 38), "brown": (120, 75, 45), "pink": (230, 110, 160),
@@ -79,8 +78,7 @@ def main() -> None:
     for number, (name, colour, outline, lines) in enumerate(GARMENTS):
         file = f"{number:02d}-{colour}-{name.replace(' ', '-')}.png"
         cv2.imwrite(str(out / file), draw(colour, outline, lines)[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
-        article = "an" if name[0] in "aeiou" else "a"
-        rows.append({"file_name": file, "text": f"a photo of {article} {colour} {name}"})
+        rows.append({"file_name": file, "text": f"a photo of a {colour} {name}"})
     (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
