@@ -32,6 +32,7 @@ from sctool.core.config import SCEditConfig
 from sctool.core.files import write_text
 from sctool.core.sites import TunedBackbone
 from sctool.core.tuners.scedit import SCEdit
+from sctool.core.upsampling import fold_upsampling
 
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
 WITH_FF = r"(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)"
@@ -77,10 +78,13 @@ def lora(targets: str) -> Callable[[UNet2DConditionModel], Method]:
     return build
 
 
-def scedit(*conditions: str, **settings: object) -> Callable[[UNet2DConditionModel], Method]:
-    """SC-Tuner, or CSC-Tuner with conditions."""
+def scedit(*conditions: str, fold: bool = True, **settings: object) -> Callable[[UNet2DConditionModel], Method]:
+    """SC-Tuner, or CSC-Tuner with conditions, on a U-Net whose upsampling is folded as the trainer does it."""
 
     def build(net: UNet2DConditionModel) -> Method:
+        net.requires_grad_(False)
+        if fold:
+            fold_upsampling(net)
         tuner = SCEdit.build(SCEditConfig(**settings), net, conditions)
         model = TunedBackbone(net, tuner)
         names = dict.fromkeys(conditions)
@@ -118,6 +122,7 @@ METHODS: dict[str, Callable[[UNet2DConditionModel], Method]] = {
     "LoRA r64 attention+FF": lora(rf".*{WITH_FF}$"),
     "LoRA r64 attention+FF, up_blocks": lora(rf"up_blocks.*{WITH_FF}$"),
     "SC-Tuner": scedit(),
+    "SC-Tuner, upsampling not folded": scedit(fold=False),
     "SC-Tuner 1/10": scedit(ratio=0.1),
     "CSC-Tuner k=1": scedit("hint"),
     "CSC-Tuner k=3": scedit("hint", kernel=3),
@@ -145,7 +150,7 @@ def counted(
 ) -> dict[str, float]:
     """Trainable parameters, GFLOP of a step (batch 1), and MB kept for backward a sample (batch 2 less batch 1).
 
-    `memory` off leaves the last out. On fake tensors (shapes without storage), float32, eager; parameters are not
+    `memory` off leaves the last out. On fake tensors (shapes without storage), float32, eager; weights are not
     counted as kept.
     """
     with torch.device("meta"):
@@ -155,6 +160,8 @@ def counted(
             for name, p in module._parameters.items():
                 if p is not None:
                     module._parameters[name] = nn.Parameter(torch.empty(p.shape), p.requires_grad)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
         one, two = (example(side, batch, base.config["cross_attention_dim"]) for batch in (1, 2))
         kept = kept_bytes(method, two) - kept_bytes(method, one) if memory else 0
         with FlopCounterMode(display=False) as counter:
@@ -163,8 +170,8 @@ def counted(
 
 
 def kept_bytes(method: Method, inputs: Inputs) -> int:
-    """Bytes that autograd keeps for one backward pass; each storage once, parameters excluded."""
-    own = {p.untyped_storage()._cdata for p in method.parameters()}
+    """Bytes that autograd keeps for one backward pass; each storage once, weights excluded."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*method.parameters(), *method.buffers())}
     kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -283,6 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"backward, one thread of {processor()}, methods in turn, median of {given.repeats} paired ratios. All "
             "weights in that precision, but for SCEdit, which keeps its own in float32 and casts them."
         )
+    protocol += " SCEdit runs on a decoder whose upsampling is folded, as `sctool train` does it; one row is without."
     protocol += f" torch {torch.__version__}."
     page = report(figures, seconds, protocol)
     print(

@@ -13,16 +13,17 @@ from .data.prepared import plan as cache_plan
 from .data.records import Source
 from .sites import TunedBackbone, skips
 from .train import DTYPES, build_tuner, choose_precision, split_records
+from .upsampling import fold_upsampling
 
 
 def saved_bytes(model: TunedBackbone, backbone: Backbone, conds: tuple[str, ...], size: int) -> int:
-    """Bytes that autograd keeps for backward for one picture, counted on the meta device; parameters excluded."""
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    """Bytes that autograd keeps for backward for one picture, counted on the meta device; weights excluded."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
+        if storage._cdata not in own:
             storages[storage._cdata] = storage.nbytes()
             kept.append(tensor)  # alive, so that no address is used twice
         return tensor
@@ -62,10 +63,13 @@ def plan(
     frozen = sum(p.numel() for p in backbone.denoiser.parameters())
     width = torch.finfo(DTYPES[precision]).bits // 8
     meta = TunedBackbone(copy.deepcopy(backbone.denoiser).to("meta"), copy.deepcopy(tuner).to("meta"))
+    if tuner.kind == "skips":
+        fold_upsampling(meta.denoiser)
     if config.checkpointing:
         meta.denoiser.enable_gradient_checkpointing()
     activations = saved_bytes(meta, backbone, config.cond, size) * width // 4
-    whole = activations * config.batch + frozen * width + trainable * 4 * (4 + bool(config.ema))
+    held = frozen + sum(buffer.numel() for buffer in meta.denoiser.buffers())
+    whole = activations * config.batch + held * width + trainable * 4 * (4 + bool(config.ema))
     sites = [f"skip {s.index} ({s.channels})" for s in getattr(tuner, "sites", [])] or [f"all {frozen:,} weights"]
     return {
         "method": config.method,

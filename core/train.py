@@ -34,6 +34,7 @@ from .sites import TunedBackbone
 from .state import load_state, save_state
 from .tuners import method_config, tuner_class
 from .tuners.base import Tuner
+from .upsampling import fold_upsampling
 from .validate import Validator
 
 LOG_EVERY = 10
@@ -145,6 +146,8 @@ def train(
     validator = Validator(config, run, backbone, val, measures or {}, progress) if accelerator.is_main_process else None
     if validator:
         validator.draw_base()
+    if tuner.kind == "skips":
+        fold_upsampling(backbone.denoiser)
     model = TunedBackbone(backbone.denoiser, tuner).to(device, memory_format=torch.channels_last)
     if config.checkpointing:
         backbone.denoiser.enable_gradient_checkpointing()
