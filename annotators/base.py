@@ -53,6 +53,9 @@ class Annotator(ABC):
         """Everything that decides the map besides pixels and key: name, version, settings."""
         return {"name": self.name, "version": self.version, **self.settings.model_dump(mode="json")}
 
+    def ready(self) -> None:
+        """Raises `SctoolError` with the remedy where weights that the annotator needs are not on this machine."""
+
     def generator(self, key: str) -> np.random.Generator:
         """The random source of one picture: decided by the seed, the condition and the picture's key alone."""
         digest = hashlib.sha256(f"{self.seed}\0{self.name}\0{key}".encode()).digest()

@@ -1,11 +1,11 @@
-"""One picture to all its maps as files: decoded once, resized once, each map stored losslessly and small."""
+"""Pictures to all their maps as files: decoded once, resized once, each map stored losslessly and small."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,29 +67,46 @@ class Made:
     height: int
 
 
-def make(data: bytes, key: str, annotators: Iterable[Annotator], size: Size, *, render: bool, image: bool) -> Made:
-    """Maps of one picture file, computed on exactly the pixels that are written or trained on.
+@dataclass(frozen=True)
+class Opened:
+    """A picture that was read: the bytes of its file, and the pixels that maps are made of, uint8 (H, W, 3) RGB."""
 
-    image: also give the picture where it must be written anew. Raises `BadImage`.
-    """
+    key: str
+    data: bytes
+    pixels: np.ndarray
+
+
+def read(data: bytes, key: str, size: Size) -> Opened:
+    """Decodes a picture file and brings it to its size. Raises `BadImage`."""
     pixels = decode_rgb(data)
     height, width = pixels.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise BadImage(f"is {width}x{height}; sides under {MIN_SIDE} pixels show nothing to make a map of")
-    pixels = size.apply(pixels)
-    height, width = pixels.shape[:2]
-    maps: dict[str, bytes] = {}
-    conditions: dict[str, Any] = {}
-    for annotator in annotators:
-        ((made, params),) = annotator([pixels], [key])
-        params = {**params, "version": annotator.version, "opencv": cv2.__version__}
-        if render:
-            made, params = rendered(annotator.name, made, pixels), {**params, "rendered": True}
-        maps[annotator.name] = encode_png(made, bilevel=annotator.bilevel and not render)
-        conditions[annotator.name] = params
-    conditions["source_sha256"] = hashlib.sha256(data).hexdigest()
-    written = _rewritten(data, pixels, size.kind != "none") if image else None
-    return Made(maps, conditions, written, width, height)
+    return Opened(key, data, size.apply(pixels))
+
+
+def make(
+    pictures: Sequence[Opened], annotators: Iterable[Annotator], size: Size, *, render: bool, image: bool
+) -> Iterator[Made]:
+    """Maps of a batch of pictures, in order, computed on exactly the pixels that are written or trained on.
+
+    image: also give the picture where it must be written anew.
+    """
+    batches = [(a, a([p.pixels for p in pictures], [p.key for p in pictures])) for a in annotators]
+    for i, picture in enumerate(pictures):
+        maps: dict[str, bytes] = {}
+        conditions: dict[str, Any] = {}
+        for annotator, made in batches:
+            map, params = made[i]
+            params = {**params, "version": annotator.version, "opencv": cv2.__version__}
+            if render:
+                map, params = rendered(annotator.name, map, picture.pixels), {**params, "rendered": True}
+            maps[annotator.name] = encode_png(map, bilevel=annotator.bilevel and not render)
+            conditions[annotator.name] = params
+        conditions["source_sha256"] = hashlib.sha256(picture.data).hexdigest()
+        written = _rewritten(picture.data, picture.pixels, size.kind != "none") if image else None
+        height, width = picture.pixels.shape[:2]
+        yield Made(maps, conditions, written, width, height)
 
 
 def rendered(cond: str, made: np.ndarray, pixels: np.ndarray) -> np.ndarray:

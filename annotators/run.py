@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cv2
 
 from ..core.config import AnnotateConfig
-from ..core.data.records import PICTURES, Fault, FileBlob, Record, Source, TarBlob
-from ..core.data.sources import open_source
+from ..core.data.records import Fault, FileBlob, Record, Source
+from ..core.data.sources import Shard, open_shards, open_source
 from ..core.errors import SctoolError, UsageError
-from ..core.files import write_json, write_text
+from ..core.files import replacing, write_json
 from . import parse_conditions
 from .base import Annotator
 from .maps import Size
 from .pool import run_jobs
-from .units import HIDDEN, Job, annotate_unit, finished, split_folder
+from .units import HIDDEN, Job, annotate_unit, finished, split_folder, suffix_of
 
 CHUNK = 256
 """Pictures of a folder done as one unit; a kill costs at most this many a process."""
+HEAVY_CHUNK = 64
+"""The same for annotators that run a network."""
 IN_PROCESS = 128
 """Below this many pictures starting processes takes longer than the work."""
 
@@ -48,68 +52,125 @@ def annotate(
     """
     begun = time.monotonic()
     annotators = parse_conditions(config.cond, config.seed)
+    for annotator in annotators:
+        annotator.ready()
     size = Size.parse(config.size)
-    source = _open(config.src, paths)
+    part = Part.parse(config.shards)
+    source, shards = open_shards(config.src) or (_open(config.src, paths), [])
     out = _output(config, source)
     settings = _claim(out, config, annotators, source)
-    records = source.records[: config.limit]
-    if not records and not source.faults:
+    base = Job("", out, config.layout == "merged", annotators, size, config.render, settings)
+    units = _shard_jobs(base, shards, config.limit) if shards else _jobs(base, source, config.limit)
+    if not units and not source.faults:
         raise UsageError(f"'{config.src}' holds no picture.")
-    jobs = _jobs(source, records, out, config, annotators, size, settings)
+    jobs = units[part.number - 1 :: part.of] if part else units
 
-    with _alone(out):
-        skipped, whole = _run(jobs, config.jobs, progress)
-        errors = [vars(fault) for fault in source.faults] + [error for marker in whole for error in marker["errors"]]
-        _finish(out, jobs, whole, errors)
+    with _alone(out, shared=part is not None):
+        skipped, counts = _run(jobs, config, annotators, progress)
+        whole = part is None or all(finished(job) for job in units)
+        listed = _finish(out, units if whole else jobs, source.faults, part if not whole else None)
 
     seconds = time.monotonic() - begun
-    images = sum(marker["images"] for marker in whole)
-    fresh = len(records) - skipped
+    images = sum(count["images"] for count in counts)
+    failed = sum(count["failed"] for count in counts) + len(source.faults)
+    fresh = images - skipped
     summary = {
         "out": str(out),
         "conditions": [annotator.name for annotator in annotators],
         "images": images,
-        "failed": len(errors),
+        "failed": failed,
         "skipped": skipped,
         "seconds": round(seconds, 3),
         "images_per_second": round(fresh / seconds, 1) if fresh else 0.0,
-        "errors": str(out / "errors.jsonl") if errors else None,
+        "errors": str(listed) if listed else None,
+        "whole": whole,
     }
-    if not images:
-        first = errors[0]
+    if not images and failed:
+        with open(out / "errors.jsonl" if listed is None else listed) as lines:
+            first = json.loads(next(lines))
+        raise SctoolError(f"no picture could be annotated; first: {first['where']}: {first['reason']} (see {listed}).")
+    if failed and config.strict:
         raise SctoolError(
-            f"no picture could be annotated; first: {first['where']}: {first['reason']} (see {out}/errors.jsonl)."
-        )
-    if errors and config.strict:
-        raise SctoolError(
-            f"{len(errors)} of {len(errors) + images} pictures could not be read (--strict); they are listed in "
-            f"{out}/errors.jsonl. The others are annotated in {out}."
+            f"{failed} of {failed + images} pictures could not be read (--strict); they are listed in "
+            f"{listed}. The others are annotated in {out}."
         )
     return summary
 
 
-def _run(jobs: list[Job], workers: int | None, progress: Progress | None) -> tuple[int, list[dict[str, Any]]]:
-    """Does the units that are not finished; gives the number of pictures found finished, and all markers in order."""
-    markers = [finished(job) for job in jobs]
-    todo = [i for i, marker in enumerate(markers) if marker is None]
-    total = sum(len(job.records) for job in jobs)
-    fresh = sum(len(jobs[i].records) for i in todo)
-    made = run_jobs(
-        annotate_unit,
-        [jobs[i] for i in todo],
-        _workers(workers, fresh),
-        lambda done: progress(total - fresh + done, total) if progress else None,
-        "Run the same command again to continue.",
-    )
-    for i, marker in zip(todo, made, strict=True):
-        markers[i] = marker
-    return total - fresh, [marker for marker in markers if marker is not None]
+@dataclass(frozen=True)
+class Part:
+    """`--shards 3/16`: every 16th unit from the third on, for one of 16 array jobs that write one set."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str | None) -> Part | None:
+        """Reads the flag; None for none. Raises `UsageError`."""
+        if text is None:
+            return None
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(
+                f"--shards '{text}' is no part. Write K/N with K from 1 to N, e.g. 3/16 for the third of 16."
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def errors(self) -> str:
+        """The name of the part's own list of errors."""
+        return f"errors-{self.number}-of-{self.of}.jsonl"
 
 
-def _workers(wanted: int | None, pictures: int) -> int:
+def _run(
+    jobs: list[Job], config: AnnotateConfig, annotators: tuple[Annotator, ...], progress: Progress | None
+) -> tuple[int, list[dict[str, int]]]:
+    """Does the units that are not finished; gives the number of pictures found finished, and all units' counts."""
+    counts = [_counts(finished(job)) for job in jobs]
+    todo = [i for i, count in enumerate(counts) if count is None]
+    skipped = sum(count["images"] + count["failed"] for count in counts if count)
+    kept = sum(count["images"] for count in counts if count)
+    fresh = _expected([jobs[i] for i in todo])
+
+    def tell(done: int) -> None:
+        if progress:
+            progress(skipped + done, max(skipped + fresh, skipped + done))
+
+    resume = "Run the same command again to continue."
+    chosen = [jobs[i] for i in todo]
+    if config.ray is not None:
+        from .cluster import run_ray
+
+        heavy = any(annotator.needs_weights for annotator in annotators)
+        made = run_ray(annotate_unit, chosen, config.ray, config.jobs, tell, resume, lambda job: job.unit, gpu=heavy)
+    else:
+        workers = _workers(config.jobs, fresh, annotators)
+        made = run_jobs(annotate_unit, chosen, workers, tell, resume, lambda job: job.unit)
+    for i, count in zip(todo, made, strict=True):
+        counts[i] = count
+    return kept, [count for count in counts if count is not None]
+
+
+def _counts(marker: dict[str, Any] | None) -> dict[str, int] | None:
+    return marker and {"images": marker["images"], "failed": marker["failed"]}
+
+
+def _expected(jobs: list[Job]) -> int:
+    """How many pictures the units hold; for shards estimated from the first one's pictures and all files' sizes."""
+    if not jobs or not jobs[0].shard:
+        return sum(len(job.records) for job in jobs)
+    first = len(jobs[0].listed()[0])
+    if any(job.limit is not None for job in jobs):
+        return sum(job.limit if job.limit is not None else first for job in jobs)
+    sizes = [os.path.getsize(job.tar) for job in jobs if os.path.exists(job.tar)]
+    return round(first * sum(sizes) / sizes[0]) if sizes and sizes[0] else first
+
+
+def _workers(wanted: int | None, pictures: int, annotators: tuple[Annotator, ...]) -> int:
     if wanted is not None:
         return wanted
-    return len(os.sched_getaffinity(0)) if pictures > IN_PROCESS else 1
+    heavy = any(annotator.needs_weights for annotator in annotators)
+    return len(os.sched_getaffinity(0)) if heavy or pictures > IN_PROCESS else 1
 
 
 # ------------------------------------------------------------------------------------------------------- input
@@ -145,29 +206,34 @@ def _listed(name: str, paths: list[Path]) -> Source:
     return Source(name=name, kind="textfolder", records=records, faults=faults, root=root)
 
 
-def _jobs(
-    source: Source,
-    records: list[Record],
-    out: Path,
-    config: AnnotateConfig,
-    annotators: tuple[Annotator, ...],
-    size: Size,
-    settings: str,
-) -> list[Job]:
-    """One job a shard, or one for each run of `CHUNK` pictures."""
-    shard = source.kind == "shards"
-    units: dict[str, list[Record]] = {}
-    for i, record in enumerate(records):
-        unit = f"part-{i // CHUNK:05d}"
-        if shard and isinstance(record.image, TarBlob):
-            unit = Path(os.path.relpath(record.image.tar, source.root)).with_suffix("").as_posix()
-        units.setdefault(unit, []).append(record)
+def _jobs(base: Job, source: Source, limit: int | None) -> list[Job]:
+    """One job for each run of pictures."""
+    records = source.records[:limit]
     names = _names(source, records)
-    base = Job("", (), (), out, shard, config.layout == "merged", annotators, size, config.render, settings)
+    heavy = any(annotator.needs_weights for annotator in base.annotators)
+    step = HEAVY_CHUNK if heavy else CHUNK
+    groups = [records[start : start + step] for start in range(0, len(records), step)]
     return [
-        replace(base, unit=unit, records=tuple(group), names=tuple(names[id(record)] for record in group))
-        for unit, group in units.items()
+        replace(base, unit=f"part-{i:05d}", records=tuple(g), names=tuple(names[id(record)] for record in g))
+        for i, g in enumerate(groups)
     ]
+
+
+def _shard_jobs(base: Job, shards: list[Shard], limit: int | None) -> list[Job]:
+    """One job a shard, unlisted; with a limit only as many shards as it reaches."""
+    jobs = [
+        replace(base, unit=shard.name.rpartition(".")[0], tar=shard.tar, sidecars=shard.sidecars, split=shard.split)
+        for shard in shards
+    ]
+    if limit is None:
+        return jobs
+    taken: list[Job] = []
+    for job in jobs:
+        if limit <= 0:
+            break
+        taken.append(replace(job, limit=limit))
+        limit -= len(taken[-1].listed()[0])
+    return taken
 
 
 def _names(source: Source, records: list[Record]) -> dict[int, str]:
@@ -179,9 +245,7 @@ def _names(source: Source, records: list[Record]) -> dict[int, str]:
     taken: set[str] = set()
     for record in records:
         path = record.image.path if isinstance(record.image, FileBlob) else None
-        suffix = os.path.splitext(record.image.name)[1].lower()
-        suffix = suffix if suffix in PICTURES else ".png"
-        name = f"{record.key}{suffix}"
+        name = f"{record.key}{suffix_of(record)}"
         if path is not None and source.root is not None and Path(path).is_relative_to(source.root):
             name = Path(path).relative_to(source.root).as_posix()
         if os.path.splitext(name)[0] in taken:
@@ -238,46 +302,74 @@ def _claim(out: Path, config: AnnotateConfig, annotators: tuple[Annotator, ...],
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds the written set for this run, and removes what killed runs left half-written in it."""
+def _alone(out: Path, shared: bool) -> Iterator[None]:
+    """Holds the written set for this run, or `shared` with other parts of it.
+
+    Alone, it first removes what killed runs left half-written.
+    """
     with open(out / HIDDEN / "lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             raise UsageError(
                 f"another sctool annotate is writing to '{out}'. Wait for it, or choose another --out."
             ) from error
-        for part in out.rglob(".*.part"):
-            part.unlink(missing_ok=True)
+        if not shared:
+            for part in out.rglob(".*.part"):
+                part.unlink(missing_ok=True)
         yield
 
 
-def _finish(out: Path, jobs: list[Job], markers: list[dict[str, Any]], errors: list[dict[str, Any]]) -> None:
-    """Lists over the whole set, in the source's order."""
-    rows = [row for marker in markers for row in marker.get("rows", ())]
-    if jobs and not (jobs[0].shard and jobs[0].merged):
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        rows = [{key: row.get(key) for key in columns} for row in rows]
-        if jobs[0].merged:
-            _write_metadata(out, rows)
-        else:
-            _write_lines(out / "params.jsonl", rows)
-    if errors:
-        _write_lines(out / "errors.jsonl", errors)
-    else:
-        (out / "errors.jsonl").unlink(missing_ok=True)
+def _finish(out: Path, jobs: list[Job], faults: list[Fault], part: Part | None) -> Path | None:
+    """Lists over the whole set, in the source's order, a unit at a time; gives the list of errors, if there are any.
+
+    `part` is given where other parts are still to come: then only the part's own errors are listed.
+    """
+    if part is None:
+        for file in out.glob("errors-*-of-*.jsonl"):
+            file.unlink(missing_ok=True)
+        if jobs and not (jobs[0].shard and jobs[0].merged):
+            columns = list(dict.fromkeys(key for row in _rows(jobs) for key in row))
+            rows = ({key: row.get(key) for key in columns} for row in _rows(jobs))
+            if jobs[0].merged:
+                _write_metadata(out, rows)
+            else:
+                _write_lines(out / "params.jsonl", rows)
+    path = out / (part.errors if part else "errors.jsonl")
+    errors = itertools.chain(map(vars, faults), (error for job in jobs for error in _marker(job)["errors"]))
+    first = next(errors, None)
+    if first is None:
+        path.unlink(missing_ok=True)
+        return None
+    _write_lines(path, itertools.chain([first], errors))
+    return path
 
 
-def _write_metadata(out: Path, rows: list[dict[str, Any]]) -> None:
+def _marker(job: Job) -> dict[str, Any]:
+    return json.loads(job.marker.read_text())
+
+
+def _rows(jobs: list[Job]) -> Iterator[dict[str, Any]]:
+    return (row for job in jobs for row in _marker(job)["rows"])
+
+
+def _write_metadata(out: Path, rows: Iterable[dict[str, Any]]) -> None:
     """One table, or one in each split's folder; paths are relative to the folder that the table lies in."""
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        base = split_folder(row["file_name"])
-        paths = {k: v.removeprefix(base) for k, v in row.items() if k.endswith("file_name") and v is not None}
-        tables.setdefault(base, []).append(row | paths)
-    for base, table in tables.items():
-        _write_lines(out / base / "metadata.jsonl", table)
+    with ExitStack() as stack:
+        tables: dict[str, IO[str]] = {}
+        for row in rows:
+            base = split_folder(row["file_name"])
+            if base not in tables:
+                path = stack.enter_context(replacing(out / base / "metadata.jsonl"))
+                tables[base] = stack.enter_context(open(path, "w", encoding="utf-8"))
+            paths = {k: v.removeprefix(base) for k, v in row.items() if k.endswith("file_name") and v is not None}
+            tables[base].write(_line(row | paths))
 
 
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(map(_line, rows))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

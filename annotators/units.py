@@ -12,38 +12,64 @@ import io
 import json
 import os
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.data.images import BadImage
-from ..core.data.records import ANY, Blob, FileBlob, Record, split_name
+from ..core.data.records import (
+    ANY,
+    PICTURES,
+    Blob,
+    Fault,
+    FileBlob,
+    Record,
+    file_stamp,
+    split_name,
+    without_duplicates,
+)
+from ..core.data.shards import list_maps, read_shard
 from ..core.errors import SctoolError
 from ..core.files import replacing, write_bytes, write_text
 from .base import Annotator
-from .maps import Made, Size, make
+from .maps import Made, Opened, Size, make, read
 from .pool import Beat
 
 HIDDEN = ".sctool"
 """Folder of settings and markers in a written set; loaders of data sets skip hidden folders."""
+BATCH = 16
+PIXELS = 16 << 20
+"""A batch holds no more pictures, and takes no further one once it has so many pixels: 50 MB and one picture."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything `annotate_unit` needs; picklable."""
+    """Everything `annotate_unit` needs; picklable, and small for a shard, whose members are listed by its worker."""
 
     unit: str
-    records: tuple[Record, ...]
-    names: tuple[str, ...]
-    """Path of each picture inside the written set, with its suffix; for shards the member's name."""
     out: Path
-    shard: bool
     merged: bool
     annotators: tuple[Annotator, ...]
     size: Size
     render: bool
     settings: str
     """Hash of the run's settings."""
+    records: tuple[Record, ...] = ()
+    names: tuple[str, ...] = ()
+    """Path of each picture inside the written set, with its suffix."""
+    tar: str = ""
+    """The shard, where the unit is one."""
+    sidecars: tuple[tuple[str, str], ...] = ()
+    """(condition, tar) of the maps that lie beside the shard already."""
+    split: str | None = None
+    limit: int | None = None
+    """Only the first so many pictures of the shard."""
+
+    @property
+    def shard(self) -> bool:
+        """Whether the unit is a shard."""
+        return bool(self.tar)
 
     @property
     def marker(self) -> Path:
@@ -51,12 +77,43 @@ class Job:
         return self.out / f"{self.unit}_stats.json" if self.shard else self.out / HIDDEN / f"{self.unit}.json"
 
     def fingerprint(self) -> str:
-        """Hash of what the unit reads: keys, captions, columns, and size and time of every source file."""
+        """Hash of what the unit reads.
+
+        Of a shard size and time of its files; else keys, captions, columns, and size and time of every picture.
+        """
         digest = hashlib.sha256()
+        if self.shard:
+            files = [self.tar, *(tar for _, tar in self.sidecars)]
+            digest.update(json.dumps([self.limit, *(file_stamp(file) for file in files)]).encode())
         for record, name in zip(self.records, self.names, strict=True):
             row = [record.key, name, record.text, record.label, record.split, record.meta, _stamp(record.image)]
             digest.update(json.dumps([*row, sorted(record.maps)], sort_keys=True, default=str).encode())
         return digest.hexdigest()
+
+    def listed(self) -> tuple[list[tuple[Record, str]], list[Fault]]:
+        """The unit's pictures with their names in the written set, and what is wrong with its members."""
+        if not self.shard:
+            return list(zip(self.records, self.names, strict=True)), []
+        records, faults = read_shard(self.tar)
+        records = without_duplicates(records, faults)[: self.limit]
+        maps: dict[str, dict[str, Blob]] = {}
+        for cond, tar in self.sidecars:
+            found, wrong = list_maps(tar, cond)
+            faults += wrong
+            for key, blob in found.items():
+                maps.setdefault(key, {})[cond] = blob
+        listed = []
+        for record in records:
+            joined = {**record.maps, **maps.get(record.key, {})}
+            record = replace(record, maps=joined, split=record.split or self.split)
+            listed.append((record, f"{record.key}{suffix_of(record)}"))
+        return listed, faults
+
+
+def suffix_of(record: Record) -> str:
+    """The suffix of a picture's file, .png where it has no picture's suffix."""
+    suffix = os.path.splitext(record.image.name)[1].lower()
+    return suffix if suffix in PICTURES else ".png"
 
 
 def _stamp(blob: Blob) -> str:
@@ -80,31 +137,32 @@ def finished(job: Job) -> dict[str, Any] | None:
     return marker
 
 
-def annotate_unit(job: Job, beat: Beat) -> dict[str, Any]:
-    """Makes every map of the unit and gives its marker.
+def annotate_unit(job: Job, beat: Beat) -> dict[str, int]:
+    """Makes every map of the unit and writes its marker; gives the number of images and of errors.
 
     A picture that cannot be read is listed under `errors` and left out. Raises `SctoolError` only when nothing can be
     written.
     """
     fingerprint = job.fingerprint()
-    errors: list[dict[str, str]] = []
+    listed, faults = job.listed()
+    errors: list[dict[str, str]] = [vars(fault) for fault in faults]
     rows: list[dict[str, Any]] = []
     writer: Writer
     with ShardWriter(job) if job.shard else FolderWriter(job) as writer:
-        for record, name in zip(job.records, job.names, strict=True):
-            try:
-                data = record.image.read()
-                carried = _carried(job, record)
-                made = make(data, record.key, job.annotators, job.size, render=job.render, image=job.merged)
-            except (BadImage, OSError) as error:
-                errors.append({"where": record.image.name, "reason": str(error)})
-            else:
-                rows.append(writer.add(record, name, data, made, carried))
-            beat()
+        for batch in _batches(job, listed, errors, beat):
+            made = make(
+                [opened for _, _, opened, _ in batch], job.annotators, job.size, render=job.render, image=job.merged
+            )
+            for (record, name, opened, carried), each in zip(batch, made, strict=True):
+                row = writer.add(record, name, opened.data, each, carried)
+                if not (job.shard and job.merged):
+                    rows.append(row)
+                writer.count += 1
+                beat()
     marker = {
         "settings": job.settings,
         "source": fingerprint,
-        "images": len(rows),
+        "images": writer.count,
         "failed": len(errors),
         "errors": errors,
         "files": writer.files,
@@ -112,7 +170,33 @@ def annotate_unit(job: Job, beat: Beat) -> dict[str, Any]:
     if not (job.shard and job.merged):
         marker["rows"] = rows
     write_text(job.marker, json.dumps(marker, ensure_ascii=False, indent=1) + "\n")
-    return marker
+    return {"images": writer.count, "failed": len(errors)}
+
+
+Ready = tuple[Record, str, Opened, dict[str, bytes]]
+"""A picture that was read, its name in the set, and the files of maps that are carried over."""
+
+
+def _batches(
+    job: Job, listed: list[tuple[Record, str]], errors: list[dict[str, str]], beat: Beat
+) -> Iterator[list[Ready]]:
+    """The unit's pictures in batches of `BATCH` or about `PIXELS`; the unit alone decides which go together."""
+    batch: list[Ready] = []
+    pixels = 0
+    for record, name in listed:
+        try:
+            opened = read(record.image.read(), record.key, job.size)
+            batch.append((record, name, opened, _carried(job, record)))
+        except (BadImage, OSError) as error:
+            errors.append({"where": record.image.name, "reason": str(error)})
+            beat()
+            continue
+        pixels += opened.pixels.shape[0] * opened.pixels.shape[1]
+        if len(batch) == BATCH or pixels >= PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
 
 
 def _carried(job: Job, record: Record) -> dict[str, bytes]:
@@ -124,9 +208,10 @@ def _carried(job: Job, record: Record) -> dict[str, bytes]:
 
 
 class Writer(Protocol):
-    """Takes finished pictures in order; `files` are the sizes of what it wrote, by path in the set."""
+    """Takes finished pictures in order; `files` are the sizes of what it wrote, by path; `count` is the caller's."""
 
     files: dict[str, int]
+    count: int
 
     def __enter__(self) -> Writer: ...
     def __exit__(self, *failure: Any) -> None: ...
@@ -163,6 +248,7 @@ class FolderWriter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.files: dict[str, int] = {}
+        self.count = 0
 
     def __enter__(self) -> FolderWriter:
         return self
@@ -216,6 +302,7 @@ class ShardWriter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.files: dict[str, int] = {}
+        self.count = 0
         conds = [annotator.name for annotator in job.annotators]
         self.names = (
             dict.fromkeys(["", *conds], f"{job.unit}.tar")

@@ -38,6 +38,12 @@ def annotate(
     seed: Annotated[int | None, typer.Option(help="Seed of masks and random thresholds. \\[default: 0]")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N pictures.")] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Processes. \\[default: all cores]")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: its address, auto, or local.")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Only the K-th of N parts; array jobs write one set together.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if any picture could not be read.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
@@ -59,6 +65,8 @@ def annotate(
 
       sctool annotate shards/ --cond canny --layout maps
 
+      sctool annotate laion/ --shards 3/16                  the third of 16 array jobs
+
       find . -name '*.jpg' | sctool annotate - --cond mask:preset=thick --json
     """
     from ..annotators.run import annotate as run
@@ -66,7 +74,8 @@ def annotate(
 
     flags = {
         "src": src, "cond": tuple(cond) if cond else None, "out": out, "size": in_pixels(size), "layout": layout,
-        "render": render, "seed": seed, "limit": limit, "jobs": jobs, "strict": strict,
+        "render": render, "seed": seed, "limit": limit, "jobs": jobs, "ray": ray, "shards": shards,
+        "strict": strict,
     }  # fmt: skip
     config = resolve(AnnotateConfig, flags=flags)
     with _bar(quiet) as progress:
@@ -76,9 +85,10 @@ def annotate(
         return
     bad = f", {summary['failed']} unreadable (see {summary['errors']})" if summary["failed"] else ""
     kept = f", {summary['skipped']} of them done before" if summary["skipped"] else ""
+    rest = "" if summary["whole"] else "; the part that ends last writes the lists of the whole set"
     print(
         f"{summary['out']}: {summary['images']} pictures with {', '.join(summary['conditions'])}{kept}{bad}, "
-        f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s"
+        f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s{rest}"
     )
 
 

@@ -225,4 +225,6 @@ class AnnotateConfig(Config):
     seed: int = Field(0, description="seed of masks and random thresholds, together with each picture's key")
     limit: int | None = Field(None, ge=1, description="only the first N pictures")
     jobs: int | None = Field(None, ge=1, description="processes; all cores when not given")
+    ray: str | None = Field(None, description="run on a Ray cluster: its address, auto, or local")
+    shards: str | None = Field(None, description="K/N: the K-th of N array jobs that write one set together")
     strict: bool = Field(False, description="fail at the end if any picture could not be read")

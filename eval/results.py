@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..core.errors import SctoolError
+
+Extract = Callable[[np.ndarray, str], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,27 @@ class Figure:
     better: str
     """"lower", "higher" or "" where neither is better."""
     protocol: dict[str, Any]
+    interval: tuple[float, float] | None = None
+    """95 % interval over pictures (how it was found stands in the protocol); None where there is none."""
 
     @property
     def protocol_id(self) -> str:
         """Twelve hex digits of the protocol's hash."""
         return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass
+class Picture:
+    """One drawn picture in the report: its files relative to the column's folder, and its own values."""
+
+    file: str
+    prompt: str = ""
+    key: str = ""
+    hints: dict[str, str] = field(default_factory=dict)
+    """Hint file of each condition."""
+    reference: str | None = None
+    values: dict[str, float] = field(default_factory=dict)
+    """By figure key, for every figure that is made of pictures' own values (CLIP cosine, F1, ...)."""
 
 
 @dataclass
@@ -40,6 +60,9 @@ class Column:
     count: int
     figures: list[Figure] = field(default_factory=list)
     faults: list[dict[str, str]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list, repr=False)
+    extract: dict[str, Extract] = field(default_factory=dict, repr=False)
+    """For each condition that was measured: (picture (H, W, 3), key) -> the re-extracted map as RGB, for the report."""
 
     def get(self, key: str) -> Figure | None:
         """The figure of that key."""
@@ -89,7 +112,13 @@ class Results:
                     "folder": str(column.folder),
                     "count": column.count,
                     "figures": {
-                        f.key: {"name": f.name, "value": f.value, "better": f.better, "protocol": f.protocol_id}
+                        f.key: {
+                            "name": f.name,
+                            "value": f.value,
+                            "better": f.better,
+                            "interval": f.interval,
+                            "protocol": f.protocol_id,
+                        }
                         for f in column.figures
                     },
                     "faults": column.faults,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UsageError
@@ -19,7 +19,7 @@ from .records import CONDITIONS, Blob, Fault, FileBlob, Record, Source, split_na
 from .rows import read_metadata, read_prompts
 from .shards import list_maps, list_shard, read_shard
 
-__all__ = ["list_shard", "open_source"]
+__all__ = ["Shard", "list_shard", "open_shards", "open_source"]
 
 TABLES = {"metadata.jsonl": "imagefolder", "prompt.json": "prompts"}
 
@@ -55,6 +55,50 @@ def open_source(path: str | Path, maps: str | Path | None = None) -> Source:
     if kind == "shards":
         source = _with_sidecars(source, root)
     return _with_maps(source, _existing(maps)) if maps else source
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a set, its members unlisted: name below the root, file, split, and (condition, tar) of its maps."""
+
+    name: str
+    tar: str
+    split: str | None = None
+    sidecars: tuple[tuple[str, str], ...] = ()
+
+
+def open_shards(path: str | Path) -> tuple[Source, list[Shard]] | None:
+    """The shards of a set without listing a single member, however many there are; None where the set is no shards.
+
+    Maps lie beside a shard in `conditions/COND/` or `COND/` under its own name. The source holds no records. Raises
+    as `open_source` does.
+    """
+    if str(path) in ("photos", "-"):
+        return None
+    given = _existing(path)
+    root, only = (given.parent, given.name) if given.is_file() else (given, None)
+    faults: list[Fault] = []
+    names = [only] if only is not None else walk(root, faults)
+    if only is not None and not only.lower().endswith(".tar"):
+        return None
+    kind, tars = _kind(given, names, only)
+    if kind != "shards":
+        return None
+    beside: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        folder, _, file = name.removeprefix("conditions/").partition("/")
+        if file.lower().endswith(".tar") and (name.startswith("conditions/") or folder in CONDITIONS):
+            beside.setdefault(file, []).append((folder, str(root / name)))
+    shards = [
+        Shard(
+            name,
+            str(root / name),
+            split_name(name.rpartition("/")[0].split("/")[0]),
+            tuple(sorted(beside.get(name.replace("/", "-"), ()))),
+        )
+        for name in tars
+    ]
+    return Source(root.name if only is None else given.stem, "shards", [], faults, root), shards
 
 
 def _existing(path: str | Path) -> Path:
