@@ -305,7 +305,7 @@ def _claim(out: Path, config: AnnotateConfig, annotators: tuple[Annotator, ...],
 def _alone(out: Path, shared: bool) -> Iterator[None]:
     """Holds the written set for this run, or `shared` with other parts of it.
 
-    Alone, it first removes what killed runs left half-written.
+    Alone, it removes what killed runs, and workers that died in this one, left half-written.
     """
     with open(out / HIDDEN / "lock", "w") as lock:
         try:
@@ -314,10 +314,18 @@ def _alone(out: Path, shared: bool) -> Iterator[None]:
             raise UsageError(
                 f"another sctool annotate is writing to '{out}'. Wait for it, or choose another --out."
             ) from error
-        if not shared:
-            for part in out.rglob(".*.part"):
-                part.unlink(missing_ok=True)
-        yield
+        try:
+            if not shared:
+                _sweep(out)
+            yield
+        finally:
+            if not shared:
+                _sweep(out)
+
+
+def _sweep(out: Path) -> None:
+    for part in out.rglob(".*.part"):
+        part.unlink(missing_ok=True)
 
 
 def _finish(out: Path, jobs: list[Job], faults: list[Fault], part: Part | None) -> Path | None:

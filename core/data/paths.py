@@ -7,9 +7,23 @@ from pathlib import Path, PurePosixPath
 
 from .records import PICTURES, Fault
 
+NO_UTF8 = "the name is no UTF-8; rename the file"
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written into tables; a file system's or a tar's may hold any bytes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def shown(name: str) -> str:
+    """The name with bytes that are no UTF-8 written out, for messages."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
 
 def unsafe(name: str) -> str | None:
-    """Why a relative name given by a set may not be followed (absolute, `..`, drive, NUL), or None when it may."""
+    """Why a relative name given by a set may not be followed (absolute, `..`, drive, NUL, no UTF-8), or None."""
+    if not is_utf8(name):
+        return NO_UTF8
     if not name or "\0" in name:
         return "the name is empty or holds a NUL byte"
     if name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":"):
@@ -60,6 +74,9 @@ def walk(root: Path, faults: list[Fault]) -> list[str]:
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith("."):
+                continue
+            if not is_utf8(entry.name):
+                faults.append(Fault(shown(name), NO_UTF8))
                 continue
             if entry.is_dir(follow_symlinks=False):
                 stack.append(name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .paths import unsafe
+from .paths import shown, unsafe
 from .records import PICTURES, Blob, Fault, Record, TarBlob, split_name
 
 TEXT_LIMIT = 1 << 20
@@ -52,7 +53,7 @@ def _members(tar: str) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
             for member in archive:
                 reason = _refused(member)
                 if reason:
-                    faults.append(Fault(f"{shard}:{member.name}", reason))
+                    faults.append(Fault(f"{shard}:{shown(member.name)}", reason))
                 if reason or member.isdir():
                     continue
                 path = PurePosixPath(member.name)
@@ -69,6 +70,10 @@ def _members(tar: str) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
                         continue
                     file = archive.extractfile(member)
                     sample[extension] = file.read().decode("utf-8", "replace") if file else ""
+            if os.path.getsize(tar) < archive.offset + tarfile.BLOCKSIZE:
+                faults.append(
+                    Fault(shard, "ends without a tar's end mark: it was cut off; what it still holds is used")
+                )
     except (tarfile.TarError, OSError, EOFError) as error:
         faults.append(Fault(shard, f"is no whole uncompressed tar ({error}); what stands before the damage is used"))
     samples.pop("", None)  # hidden files, as macOS adds
