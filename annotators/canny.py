@@ -61,4 +61,41 @@ class Canny(Annotator):
         The channels' order matters: of equal gradients the first channel's is taken, so BGR gives other edges.
         """
         low, high = self.thresholds(key)
-        return cv2.Canny(image, low, high), {"low": low, "high": high}
+        return edges(image, low, high), {"low": low, "high": high}
+
+
+STRIP = 1 << 17
+"""Pixels whose gradients fit into a processor's cache together."""
+
+
+def edges(image: np.ndarray, low: int, high: int) -> np.ndarray:
+    """`cv2.Canny(image, low, high)` of (H, W, 3) uint8, bit for bit and in about half the time.
+
+    OpenCV takes at each pixel the gradient of the channel where |dx| + |dy| is largest, of equal ones the first, in a
+    loop over pixels. The same choice by whole channels runs in vector instructions.
+    """
+    height, width = image.shape[:2]
+    step = max(1, STRIP // width)
+    if step >= height:
+        return cv2.Canny(*_gradients(image), low, high)
+    dx, dy = (np.empty((height, width), np.int16) for _ in range(2))
+    for top in range(0, height, step):
+        above = min(top, 1)  # a row of the neighbours, so that only the picture's own border is replicated
+        x, y = _gradients(image[top - above : top + step + 1])
+        dx[top : top + step], dy[top : top + step] = x[above : above + step], y[above : above + step]
+    return cv2.Canny(dx, dy, low, high)
+
+
+def _gradients(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The winning channel's 3x3 Sobel gradients, two int16 (H, W)."""
+    channels = cv2.split(image)
+    dx, dy = cv2.spatialGradient(channels[0], borderType=cv2.BORDER_REPLICATE)
+    size = np.abs(dx) + np.abs(dy)
+    for channel in channels[1:]:
+        x, y = cv2.spatialGradient(channel, borderType=cv2.BORDER_REPLICATE)
+        larger = np.abs(x) + np.abs(y)
+        wins = cv2.compare(larger, size, cv2.CMP_GT)
+        cv2.copyTo(x, wins, dx)
+        cv2.copyTo(y, wins, dy)
+        size = cv2.max(size, larger)
+    return dx, dy
