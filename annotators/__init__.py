@@ -8,9 +8,17 @@ from ..core.errors import UsageError, unknown
 from .base import Annotator
 from .canny import Canny
 from .color import Color
+from .depth import Depth
+from .hed import Hed
 from .mask import Mask
+from .outpaint import Outpaint
+from .pose import Pose
+from .seg import Seg
+from .sketch import Sketch
 
-ANNOTATORS: dict[str, type[Annotator]] = {cls.name: cls for cls in (Canny, Color, Mask)}
+ANNOTATORS: dict[str, type[Annotator]] = {
+    cls.name: cls for cls in (Canny, Color, Mask, Outpaint, Hed, Sketch, Depth, Seg, Pose)
+}
 
 
 def parse_conditions(specs: Iterable[str], seed: int = 0) -> tuple[Annotator, ...]:

@@ -31,6 +31,7 @@ class Annotator(ABC):
     bilevel: ClassVar[bool] = False
     """The map holds only 0 and 255 and is stored as a 1-bit PNG."""
     needs_weights: ClassVar[bool] = False
+    """The map is a network's, whose weights must be on this machine; `ready` says whether they are."""
 
     def __init__(self, settings: Config | None = None, seed: int = 0) -> None:
         self.settings = settings if settings is not None else self.Settings()
@@ -53,7 +54,7 @@ class Annotator(ABC):
         """Everything that decides the map besides pixels and key: name, version, settings."""
         return {"name": self.name, "version": self.version, **self.settings.model_dump(mode="json")}
 
-    def ready(self) -> None:
+    def ready(self) -> None:  # noqa: B027 - most annotators need nothing
         """Raises `SctoolError` with the remedy where weights that the annotator needs are not on this machine."""
 
     def generator(self, key: str) -> np.random.Generator:

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -71,6 +72,14 @@ def single_threaded() -> None:
         os.environ[variable] = "1"  # for a torch that is not imported yet
 
 
+def gpus() -> list[str]:
+    """NVIDIA GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes; asks no library."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return [str(i) for i in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+
+
 # ----------------------------------------------------------------------------------------------- in this process
 
 
@@ -103,7 +112,8 @@ def _run_here(function: Function, jobs: Sequence[Any], progress: Callable[[int],
 def _serve(connection: Connection, number: int, done: Any, stop: Any) -> None:
     """A worker: jobs in, (kind, result) out; no reaction to the terminal's Ctrl-C, and death with the parent."""
     single_threaded()
-    os.environ["SCTOOL_WORKER"] = str(number)
+    if len(found := gpus()) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = found[number % len(found)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

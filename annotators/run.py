@@ -26,13 +26,15 @@ from ..core.files import replacing, write_json
 from . import parse_conditions
 from .base import Annotator
 from .maps import Size
-from .pool import run_jobs
+from .pool import gpus, run_jobs
 from .units import HIDDEN, Job, annotate_unit, finished, split_folder, suffix_of
 
 CHUNK = 256
 """Pictures of a folder done as one unit; a kill costs at most this many a process."""
 HEAVY_CHUNK = 64
 """The same for annotators that run a network."""
+WORKERS_A_GPU = 2
+"""Each loads the networks; while one decodes and writes, the other computes."""
 IN_PROCESS = 128
 """Below this many pictures starting processes takes longer than the work."""
 
@@ -169,8 +171,10 @@ def _expected(jobs: list[Job]) -> int:
 def _workers(wanted: int | None, pictures: int, annotators: tuple[Annotator, ...]) -> int:
     if wanted is not None:
         return wanted
-    heavy = any(annotator.needs_weights for annotator in annotators)
-    return len(os.sched_getaffinity(0)) if heavy or pictures > IN_PROCESS else 1
+    cores = len(os.sched_getaffinity(0))
+    if any(annotator.needs_weights for annotator in annotators):
+        return min(cores, WORKERS_A_GPU * len(gpus())) or cores
+    return cores if pictures > IN_PROCESS else 1
 
 
 # ------------------------------------------------------------------------------------------------------- input

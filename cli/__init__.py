@@ -11,10 +11,12 @@ import typer
 
 from ..core.errors import SctoolError
 from .annotate import annotate
+from .compare import compare
 from .evaluate import evaluate
 from .methods import methods
 from .sample import sample
 from .train import train
+from .weights import app as weights
 
 app = typer.Typer(
     name="sctool",
@@ -25,8 +27,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (annotate, train, sample, evaluate, methods):
+for command in (annotate, train, sample, evaluate, compare, methods):
     app.command(no_args_is_help=command is annotate)(command)
+app.add_typer(weights, name="weights")
 
 
 def _version(wanted: bool) -> None:

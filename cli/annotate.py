@@ -22,7 +22,10 @@ def annotate(
     ],
     cond: Annotated[
         list[str] | None,
-        typer.Option(help="canny, color, mask; with settings as canny:low=50,high=150. \\[default: canny]"),
+        typer.Option(
+            help="canny, color, mask, outpaint; by networks hed, sketch, depth, seg, pose (see sctool weights). "
+            "Settings as canny:low=50,high=150 or depth:model=dpt-hybrid. \\[default: canny]"
+        ),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder to write. \\[default: annotated/NAME]")] = None,
     size: Annotated[
@@ -55,7 +58,10 @@ def annotate(
 
     Settings: canny low, high, random (scepter, t2i);
     color ratio, filter (cubic, area);
-    mask preset (train, medium, thick, thin), area.
+    mask preset (train, medium, thick, thin), area; outpaint keep (0.2-0.6), centre;
+    hed, sketch model, hed also safe, invert; depth, seg, pose model;
+    pose also detector, threshold, keypoint_threshold;
+    all networks dtype (auto, fp32, bf16, fp16) and batch.
 
     Examples:
 
@@ -111,7 +117,7 @@ def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, quiet=quiet, highlight=False)
-    began, first, last = time.monotonic(), -1, time.monotonic()
+    began, first, last, told = time.monotonic(), -1, time.monotonic(), -1
 
     def rate(done: int) -> float:
         nonlocal first
@@ -119,10 +125,10 @@ def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         return (done - first) / max(time.monotonic() - began, 1e-9)
 
     def plain(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, told
         speed = rate(done)
-        if time.monotonic() - last >= 15 or done == total:
-            last = time.monotonic()
+        if told != done and (time.monotonic() - last >= 15 or done == total):
+            last, told = time.monotonic(), done
             left = f"{(total - done) / speed:.0f} s left" if speed else ""
             console.print(f"annotated {done}/{total}  {speed:.0f} images/s  {left}", style="dim")
 

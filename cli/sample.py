@@ -151,7 +151,7 @@ def read_hints(hints: list[str], photos: list[str], size: int) -> tuple[dict[str
     Maps (`hints`) are resized to the picture; photographs are resized first and then annotated.
     """
     from ..annotators import ANNOTATORS, annotator
-    from ..core.data.hints import needs_image, render
+    from ..core.data.hints import is_categorical, needs_image, render
     from ..core.data.images import BadImage, Geometry, decode_map, decode_rgb
     from ..core.data.records import FileBlob
     from ..core.errors import unknown
@@ -173,7 +173,7 @@ def read_hints(hints: list[str], photos: list[str], size: int) -> tuple[dict[str
         try:
             if not from_photo:
                 picture = decode_map(FileBlob(file), file)
-                fitted = geometry.apply_map(picture, picture.shape)
+                fitted = geometry.apply_map(picture, picture.shape, names=is_categorical(name))
                 if needs_image(name) and fitted.ndim == 2:
                     raise UsageError(
                         f"{flag} {text}: give the picture itself, with what is to be painted set to black."

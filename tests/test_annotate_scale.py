@@ -211,3 +211,18 @@ def test_maps_beside_a_shard_are_carried_into_the_merged_set(tmp_path):
         assert original is not None
         assert original.read() == kept
     assert np.asarray(Image.open(io.BytesIO(kept))).shape == (96, 96)
+
+
+def test_workers_share_the_gpus(monkeypatch):
+    from sctool.annotators import pool, run
+
+    class Heavy:
+        needs_weights = True
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    for visible, found, workers in (("", 0, 12), ("-1", 0, 12), ("3", 1, 2), ("0,GPU-ab", 2, 4)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert len(pool.gpus()) == found
+        assert run._workers(None, 9, (Heavy(),)) == workers  # type: ignore[arg-type]
+    assert run._workers(None, 9, ()) == 1
+    assert run._workers(5, 9, (Heavy(),)) == 5  # type: ignore[arg-type]

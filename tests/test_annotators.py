@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import cv2
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from skimage import data
 from sctool.annotators import ANNOTATORS, annotator, parse_conditions
 from sctool.annotators.color import enlarge
 from sctool.annotators.mask import PRESETS
+from sctool.core.data.hints import is_categorical, needs_image, render
+from sctool.core.data.palette import ADE20K
 from sctool.core.errors import UsageError
 
 PHOTOS = {"astronaut": data.astronaut()[:, :384], "chelsea": data.chelsea(), "rocket": data.rocket()[::2, ::2]}
@@ -89,7 +93,7 @@ def test_masks_differ_between_keys_and_seeds_only():
     assert one("mask", 255 - image, "a")[0].tobytes() == maps["a", 0]
 
 
-@pytest.mark.parametrize("name", ANNOTATORS)
+@pytest.mark.parametrize("name", [name for name, cls in ANNOTATORS.items() if not cls.needs_weights])
 def test_a_map_does_not_hang_on_its_batch(name):
     made = annotator(name)
     images = [np.ascontiguousarray(image) for image in PHOTOS.values()]
@@ -98,6 +102,79 @@ def test_a_map_does_not_hang_on_its_batch(name):
         ((alone, params),) = annotator(name)([images[i]], [list(PHOTOS)[i]])
         assert np.array_equal(alone, together[i][0])
         assert params == together[i][1]
+
+
+def test_outpainting_keeps_one_rectangle_of_the_asked_share():
+    image = np.zeros((96, 160, 3), np.uint8)
+    shares, shapes = [], set()
+    for i in range(200):
+        made, params = one("outpaint:keep=0.1-0.5", image, str(i))
+        left, top, right, bottom = params["kept"]
+        expected = np.full((96, 160), 255, np.uint8)
+        expected[top:bottom, left:right] = 0
+        assert np.array_equal(made, expected)
+        assert 0 <= left < right <= 160
+        assert 0 <= top < bottom <= 96
+        assert params["share"] == pytest.approx((made == 255).mean(), abs=1e-6)
+        shares.append((made == 0).mean())
+        shapes.add((left, top))
+    assert 0.09 < min(shares) < 0.15
+    assert 0.45 < max(shares) < 0.51
+    assert len(shapes) > 150
+
+
+def test_outpainting_around_the_centre():
+    for shape in ((96, 160), (2, 2), (1, 40), (40, 1), (3, 500)):
+        for i in range(20):
+            made, params = one("outpaint:centre=true,keep=0.4", np.zeros((*shape, 3), np.uint8), str(i))
+            left, top, right, bottom = params["kept"]
+            assert abs(left - (shape[1] - right)) <= 1
+            assert abs(top - (shape[0] - bottom)) <= 1
+            assert set(np.unique(made)) == {0, 255}
+    made, _ = one("outpaint:centre=true,keep=0.25", np.zeros((100, 200, 3), np.uint8))
+    assert (made[25:75, 50:150] == 0).all()
+    assert (made == 0).mean() == 0.25
+
+
+def test_outpainting_hangs_on_seed_and_key():
+    image = PHOTOS["chelsea"]
+    maps = {(key, seed): one("outpaint", image, key, seed)[0].tobytes() for key in "abc" for seed in (0, 1)}
+    assert len(set(maps.values())) == 6
+    assert one("outpaint", 255 - image, "a")[0].tobytes() == maps["a", 0]
+    assert annotator("outpaint:keep=0.3").id["keep"] == [0.3, 0.3]
+
+
+def test_outpainting_shows_what_is_kept():
+    image = np.ascontiguousarray(PHOTOS["chelsea"])
+    made, params = one("outpaint", image)
+    left, top, right, bottom = params["kept"]
+    hint = render("outpaint", made, image)
+    assert np.array_equal(hint[top:bottom, left:right], image[top:bottom, left:right])
+    assert not hint[made == 255].any()
+    assert needs_image("outpaint")
+
+
+def test_class_ids_are_shown_in_ade20ks_colours():
+    assert ADE20K.shape == (150, 3)
+    assert len({tuple(colour) for colour in ADE20K.tolist()}) == 149
+    assert tuple(ADE20K[6]) == tuple(ADE20K[48]) == (140, 140, 140)  # road and skyscraper
+    assert tuple(ADE20K[0]) == (120, 120, 120)
+    assert tuple(ADE20K[12]) == (150, 5, 61)  # person
+    assert tuple(ADE20K[149]) == (92, 0, 255)
+    ids = np.array([[0, 12], [149, 255]], np.uint8)
+    shown = render("seg", ids, np.zeros((2, 2, 3), np.uint8))
+    assert shown.tolist() == [[[120, 120, 120], [150, 5, 61]], [[92, 0, 255], [0, 0, 0]]]
+    assert render("seg", shown, shown) is shown
+    assert not needs_image("seg")
+    assert is_categorical("seg")
+    assert not any(is_categorical(name) for name in ANNOTATORS if name != "seg")
+
+
+def test_the_palette_is_controlnet_auxs():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        util = pytest.importorskip("controlnet_aux.util")
+    assert util.ade_palette() == ADE20K.tolist()
 
 
 def test_conditions_with_settings_are_read():
@@ -117,6 +194,10 @@ def test_conditions_with_settings_are_read():
         ("canny:random=t2i,low=3", "leave out low="),
         ("low=3", "name the condition first"),
         ("color:ratio=0", "color ratio='0'"),
+        ("outpaint:keep=0.5-0.2", "LOW-HIGH with 0 < LOW <= HIGH < 1"),
+        ("outpaint:keep=1", "LOW-HIGH"),
+        ("hed:modle=x", "hed key 'modle'. Did you mean 'model'"),
+        ("depth:dtype=fp64", "'auto', 'fp32', 'bf16' or 'fp16'"),
         (",", "no condition"),
     ],
 )

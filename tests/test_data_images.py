@@ -173,3 +173,13 @@ def test_hints_are_rgb_and_masks_hide():
     assert not needs_image("canny")
     assert np.array_equal(render("canny", mask, image), mask[..., None].repeat(3, axis=2))
     assert render("color", image, image) is image
+
+
+def test_names_are_never_averaged():
+    ids = np.random.default_rng(0).choice(np.array([3, 7, 149, 255], np.uint8), (90, 120))
+    for size, shape in ((32, (90, 120)), (32, (200, 260)), (200, (90, 120)), (16, (45, 60))):
+        fitted = Geometry(size).apply_map(ids, shape, names=True)
+        assert fitted.shape == (size, size)
+        assert set(np.unique(fitted)) <= {3, 7, 149, 255}
+    averaged = Geometry(32).apply_map(ids, ids.shape)
+    assert not set(np.unique(averaged)) <= {3, 7, 149, 255}

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .palette import ADE20K
+
 
 def render(cond: str, map: np.ndarray, image: np.ndarray) -> np.ndarray:
     """The RGB hint (H,W,3) uint8 of a map (H,W) or (H,W,3) for its picture (H,W,3); sizes must agree."""
@@ -14,7 +16,12 @@ def render(cond: str, map: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 def needs_image(cond: str) -> bool:
     """Whether `render` looks at the picture for this condition; otherwise any picture of the size will do."""
-    return cond in _RENDERERS
+    return _RENDERERS.get(cond) is _masked
+
+
+def is_categorical(cond: str) -> bool:
+    """Whether a map's values are names and not quantities: such a map is resized by nearest neighbour alone."""
+    return _RENDERERS.get(cond) is _coloured
 
 
 def _as_is(map: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -27,4 +34,14 @@ def _masked(map: np.ndarray, image: np.ndarray) -> np.ndarray:
     return np.where(hole[..., None], np.uint8(0), image)
 
 
-_RENDERERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"mask": _masked}
+def _coloured(map: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Class ids in ADE20K's colours, 150 and above black; a map that has colours already as it is."""
+    return _COLOURS[map] if map.ndim == 2 else map
+
+
+_COLOURS = np.concatenate([ADE20K, np.zeros((256 - len(ADE20K), 3), np.uint8)])
+_RENDERERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "mask": _masked,
+    "outpaint": _masked,
+    "seg": _coloured,
+}

@@ -194,27 +194,32 @@ class Geometry:
         """(H,W,3) uint8 to (size,size,3)."""
         return self._fit(image, cv2.INTER_CUBIC, flip)
 
-    def apply_map(self, map: np.ndarray, image_shape: tuple[int, ...], flip: bool = False) -> np.ndarray:
+    def apply_map(
+        self, map: np.ndarray, image_shape: tuple[int, ...], flip: bool = False, *, names: bool = False
+    ) -> np.ndarray:
         """A map of a picture of `image_shape` (H,W,…) to (size,size) or (size,size,3), aligned with `apply`.
 
         A map that has the training size already is passed through bit for bit. One of another size than the picture
-        is first brought to it: a smaller one (the 1/64 colour map) by nearest neighbour, a larger one by area.
+        is first brought to it: a smaller one (the 1/64 colour map) by nearest neighbour, a larger one by area. `names`:
+        the values are names (class ids), of which there is no mean: nearest neighbour throughout.
         """
         height, width = image_shape[:2]
         if map.shape[:2] == (self.size, self.size):
             return np.ascontiguousarray(map[:, ::-1]) if flip else map
         if map.shape[:2] != (height, width):
             smaller = map.shape[0] <= height and map.shape[1] <= width
-            map = cv2.resize(map, (width, height), interpolation=cv2.INTER_NEAREST if smaller else cv2.INTER_AREA)
-        return self._fit(map, cv2.INTER_NEAREST, flip)
+            map = cv2.resize(
+                map, (width, height), interpolation=cv2.INTER_NEAREST if smaller or names else cv2.INTER_AREA
+            )
+        return self._fit(map, cv2.INTER_NEAREST, flip, cv2.INTER_NEAREST if names else cv2.INTER_AREA)
 
-    def _fit(self, pixels: np.ndarray, enlarge: int, flip: bool) -> np.ndarray:
+    def _fit(self, pixels: np.ndarray, enlarge: int, flip: bool, shrink: int = cv2.INTER_AREA) -> np.ndarray:
         height, width = pixels.shape[:2]
         short = min(height, width)
         if short != self.size:
             scale = self.size / short
             height, width = max(self.size, round(height * scale)), max(self.size, round(width * scale))
-            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else enlarge)
+            pixels = cv2.resize(pixels, (width, height), interpolation=shrink if scale < 1 else enlarge)
         top, left = (height - self.size) // 2, (width - self.size) // 2
         pixels = pixels[top : top + self.size, left : left + self.size]
         return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)

@@ -11,8 +11,8 @@ from typing import Any
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 CONDITIONS = frozenset(
-    {"canny", "color", "depth", "hed", "inpaint", "lineart", "mask", "mlsd"}
-    | {"normal", "pidi", "pose", "scribble", "seg", "softedge", "teed"}
+    {"canny", "color", "depth", "hed", "inpaint", "lineart", "mask", "mlsd", "normal", "outpaint"}
+    | {"pidi", "pose", "scribble", "seg", "sketch", "softedge", "teed"}
 )
 """Names that mark a subfolder as maps, not pictures, when it does not lie under `conditions/`."""
 

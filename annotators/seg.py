@@ -1,0 +1,89 @@
+"""Semantic segmentation by a transformers model: class ids, 0..149 of ADE20K for the weights in the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from ..core.errors import UsageError
+from .base import Params
+from .models import ModelAnnotator, ModelSettings, Transformer, kept, load_transformer
+from .weights import default
+
+ARCHITECTURES = (
+    "UperNetForSemanticSegmentation",
+    "SegformerForSemanticSegmentation",
+    "Mask2FormerForUniversalSegmentation",
+    "OneFormerForUniversalSegmentation",
+)
+IGNORE = 255
+"""The id of pixels that belong to no class; no network predicts it."""
+
+
+class SegSettings(ModelSettings):
+    """Which network names the pixels."""
+
+    model: str = Field(
+        default("seg").name, description="upernet, segformer-b5, oneformer, mask2former, ..., a folder or a hub id"
+    )
+
+
+class Seg(ModelAnnotator):
+    """Class ids (H, W), one byte a pixel. Colours stand for them only when rendered: two classes share one."""
+
+    name = "seg"
+    version = "seg-1"
+    summary = "class ids of a network, ADE20K (8 bit)"
+    Settings = SegSettings
+
+    @property
+    def network(self) -> Transformer:
+        """The segmentation network, loaded once a process. Raises `UsageError` for more classes than a byte holds."""
+        what = f"--cond seg:model={self.weights.name}"
+        # OneFormer's processor would look for class names on the hub, which only its training needs.
+        named = {"class_info_file": None} if _is_oneformer(self.weights.path) else {}
+        network = load_transformer(what, self.weights, self.dtype, ARCHITECTURES, **named)
+        if network.config.num_labels > IGNORE:
+            raise UsageError(f"{what} names {network.config.num_labels} classes; a map holds at most {IGNORE}.")
+        return network
+
+    def maps(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, Params]]:
+        """As in the contract; the params count the classes that the network knows."""
+        network = self.network
+        values = network.pixel_values(images)
+        found: dict[int, np.ndarray] = {}
+        for group in self.passes([value.shape for value in values]):
+            outputs = network([values[i] for i in group], **self._task(network, len(group)))
+            sizes = [images[i].shape[:2] for i in group]
+            made = network.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            found.update({i: map.byte().cpu().numpy() for i, map in zip(group, made, strict=True)})
+        return [(found[i], {"classes": network.config.num_labels}) for i in range(len(images))]
+
+    def _task(self, network: Transformer, count: int) -> dict[str, Any]:
+        """What OneFormer must be told: the task in words, as token ids (count, 77)."""
+        if network.config.model_type != "oneformer":
+            return {}
+
+        def load() -> Any:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(str(network.folder), local_files_only=True)
+            length = network.config.task_seq_len
+            return tokenizer(
+                "the task is semantic", padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+
+        tokens = kept(load, self.weights, "task")
+        ids = tokens["input_ids"] * tokens["attention_mask"]
+        return {"task_inputs": ids.to(network.network.device).expand(count, -1)}
+
+
+def _is_oneformer(folder: Any) -> bool:
+    import json
+
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type") == "oneformer"
+    except OSError:
+        return False
