@@ -15,19 +15,44 @@ def evaluate(
     target: Annotated[
         str | None, typer.Argument(help="Samples folder, run folder, or run name. \\[default: the latest run]")
     ] = None,
-    fid: Annotated[bool, typer.Option("--fid", help="Fréchet distance to the reference pictures.")] = False,
-    clip: Annotated[bool, typer.Option("--clip", help="CLIP score against the prompts.")] = False,
-    nmse: Annotated[
-        bool, typer.Option("--nmse", help="How far the pictures keep to their hints: NMSE and F1 of edges, and others.")
+    fid: Annotated[bool, typer.Option("--fid", help="Fréchet distance to the real pictures.")] = False,
+    kid: Annotated[
+        bool, typer.Option("--kid", help="Kernel distance to the real pictures; fair to small sets.")
     ] = False,
+    inception_score: Annotated[
+        bool, typer.Option("--is", help="Inception score; compares with no real pictures.")
+    ] = False,
+    pr: Annotated[bool, typer.Option("--pr", help="Precision and recall against the real pictures.")] = False,
+    cmmd: Annotated[bool, typer.Option("--cmmd", help="CLIP discrepancy (CMMD) to the real pictures.")] = False,
+    clip: Annotated[bool, typer.Option("--clip", help="CLIP score against the prompts.")] = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="How far the pictures keep to their hints, for every condition they have.")
+    ] = False,
+    nmse: Annotated[bool, typer.Option("--nmse", help="Of these, edges (canny, sketch) only: NMSE and F1.")] = False,
+    iou: Annotated[bool, typer.Option("--iou", help="Of these, seg only: mIoU and accuracies.")] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Parameters, step times and peak memory against the base.")
     ] = False,
     features: Annotated[
-        str, typer.Option(help="auto, inception, or mini (the embedded CLIP; its figures are named so).")
+        str,
+        typer.Option(
+            help="Of --fid, --kid and --pr: auto, inception, inception-clean, clip, dinov2, or mini (the embedded "
+            "CLIP). Figures are named by them."
+        ),
     ] = "auto",
     weights: Annotated[
-        str | None, typer.Option(help="pytorch-fid's weights. \\[default: torch's cache, else a download]")
+        list[str] | None,
+        typer.Option(
+            help="Weights of the features, or inception=PATH, clip=PATH, dinov2=PATH; repeatable. \\[default: the "
+            "caches of torch and of the hub, else a download]"
+        ),
+    ] = None,
+    evaluator: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What extracts a condition from the pictures, as in annotate --cond: seg:model=oneformer; repeatable. "
+            "\\[default: as the hint was made; for depth, seg and pose the evaluator of `sctool weights list`]"
+        ),
     ] = None,
     clip_model: Annotated[
         str | None, typer.Option(help="open_clip model name, or a folder. \\[default: ViT-L-14]")
@@ -35,7 +60,9 @@ def evaluate(
     clip_weights: Annotated[str | None, typer.Option(help="Weight file or open_clip tag. \\[default: openai]")] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Folder of real pictures, or .npz with mu and sigma. \\[default: the samples' own]"),
+        typer.Option(
+            help="Folder of real pictures, or for --fid an .npz with mu and sigma. \\[default: the samples' own]"
+        ),
     ] = None,
     save_stats: Annotated[
         Path | None, typer.Option(help="Also write the reference statistics as .npz, for --reference.")
@@ -52,6 +79,9 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder of evaluation.json and evaluation.md. \\[default: beside the samples]")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write report.html, with pictures and histograms, to this folder.")
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
@@ -66,9 +96,14 @@ def evaluate(
 
       sctool evaluate runs/edges --nmse --profile --json
 
+      sctool evaluate runs/scenes --iou --evaluator seg:model=oneformer
+
+      sctool evaluate runs/edges --report report          with report/report.html
+
       sctool evaluate samples --fid --reference photos --weights pt_inception-2015-12-05-6726825d.pth
     """
-    chosen = {"fid": fid, "clip": clip, "nmse": nmse, "profile": profile}
+    chosen = {"fid": fid, "kid": kid, "is": inception_score, "pr": pr, "cmmd": cmmd, "clip": clip}
+    chosen |= {"control": control, "nmse": nmse, "iou": iou, "profile": profile}
     if save_stats and not (fid or not any(chosen.values())):
         raise UsageError("--save-stats keeps the statistics of --fid; add --fid.")
     sampling: dict[str, Any] = {"guidance": guidance, "steps": steps}
@@ -77,8 +112,8 @@ def evaluate(
     from ..core.config import SampleConfig
     from ..core.config import resolve as resolve_config
     from ..core.runs import find_run
-    from ..eval.evaluate import Options
     from ..eval.evaluate import evaluate as measure
+    from ..eval.options import Options
     from ..eval.report import show, write
     from ..eval.targets import is_run
 
@@ -87,7 +122,8 @@ def evaluate(
     options = Options(
         metrics=tuple(name for name, wanted in chosen.items() if wanted),
         features=features,
-        weights=weights,
+        weights=tuple(weights or ()),
+        evaluators=tuple(evaluator or ()),
         clip_model=clip_model,
         clip_weights=clip_weights,
         reference=reference,
@@ -99,7 +135,11 @@ def evaluate(
         quiet=quiet,
     )
     results = measure(target, options, runs=runs)
-    files = write(results, out or results.target)
+    files = [*write(results, out or results.target)]
+    if report:
+        from ..eval.html import write_html
+
+        files.append(write_html(results, report))
     if as_json:
         print(json.dumps(results.to_json()))
         return

@@ -89,7 +89,8 @@ def train(
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one holds the run and speaks
     with run.locked() if first else nullcontext():
         figures = run_training(
-            settings, run, source, held_out=held_out, measures=adherence(settings.cond, made), map_meta=made,
+            settings, run, source, held_out=held_out, measures=adherence(settings.cond, made, quiet=quiet or not first),
+            map_meta=made,
             offline=offline, quiet=quiet,
         )  # fmt: skip
     if not first:

@@ -25,7 +25,10 @@ Text = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to draw: prompt, seed, hints as uint8 (H, W, 3) by condition, and what it is compared to."""
+    """One picture to draw: prompt, seed, hints as uint8 (H, W, 3) by condition, and what it is compared to.
+
+    `maps` are the raw maps (H, W) behind hints that do not show all of them, such as class ids.
+    """
 
     prompt: str
     seed: int
@@ -33,6 +36,7 @@ class Request:
     reference: np.ndarray | None = None
     key: str = ""
     label: str | None = None
+    maps: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -136,9 +140,9 @@ def write_samples(
 ) -> list[Path]:
     """Writes pictures, hints and references with all that is needed to make them again; gives the pictures' paths.
 
-    FOLDER/000000.png ..., metadata.jsonl (file_name, prompt, seed, key, label, reference, hints), sampling.json
-    (protocol) and sheet.png. Each PNG also carries its own row and the protocol. The list of pictures is written
-    last: a folder with metadata.jsonl is a complete one.
+    FOLDER/000000.png ..., metadata.jsonl (file_name, prompt, seed, key, label, reference, hints, and maps where there
+    are any), sampling.json (protocol) and sheet.png. Each PNG also carries its own row and the protocol. The list of
+    pictures is written last: a folder with metadata.jsonl is a complete one.
     """
     folder = Path(folder)
     (folder / "metadata.jsonl").unlink(missing_ok=True)
@@ -157,6 +161,10 @@ def write_samples(
                 row["reference"] = relative
             else:
                 row["hints"][kind] = relative
+        for kind, map in request.maps.items():
+            relative = f"maps/{kind}/{name}"
+            save_png(Image.fromarray(map), folder / relative)
+            row.setdefault("maps", {})[kind] = relative
         save_png(Image.fromarray(picture), folder / name, {"sctool": json.dumps({**row, **protocol})})
         rows.append(row)
         paths.append(folder / name)

@@ -88,10 +88,14 @@ class TransformersClip:
         }
 
     @torch.no_grad()
+    def embed(self, pictures: Tensor, *, crop: bool) -> Tensor:
+        """Embeddings (B, D) of uint8 pictures (B, 3, H, W); see `prepared` for `crop`."""
+        pixels = prepared(pictures.to(self.device), self.size, MEAN, STD, crop=crop)
+        return self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
+
     def images(self, pictures: Tensor) -> Tensor:
         """Unit embeddings (B, D) of uint8 pictures (B, 3, H, W)."""
-        pixels = prepared(pictures.to(self.device), self.size, MEAN, STD, crop=False)
-        return F.normalize(self.model.visual_projection(self.model.vision_model(pixels).pooler_output), dim=-1)
+        return F.normalize(self.embed(pictures, crop=False), dim=-1)
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
@@ -153,10 +157,14 @@ class OpenClip:
         }
 
     @torch.no_grad()
+    def embed(self, pictures: Tensor, *, crop: bool) -> Tensor:
+        """Embeddings (B, D) of uint8 pictures (B, 3, H, W); see `prepared` for `crop`."""
+        pixels = prepared(pictures.to(self.device), self.size, self.mean, self.std, crop=crop)
+        return self.net.encode_image(pixels).float()
+
     def images(self, pictures: Tensor) -> Tensor:
         """Unit embeddings (B, D) of uint8 pictures (B, 3, H, W)."""
-        pixels = prepared(pictures.to(self.device), self.size, self.mean, self.std, crop=True)
-        return F.normalize(self.net.encode_image(pixels).float(), dim=-1)
+        return F.normalize(self.embed(pictures, crop=True), dim=-1)
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:

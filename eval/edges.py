@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 
-from .conditions import ControlScore
+from ..annotators.base import Annotator
+from .control import ControlScore, grey
+from .intervals import PictureFigures
 
 TOLERANCE = 0.004
 """Share of the diagonal within which an edge pixel counts as found."""
@@ -30,16 +32,13 @@ def tolerance(height: int, width: int) -> int:
 
 
 class EdgeScore(ControlScore):
-    """Streaming sums over pictures of NMSE, F1, F1 within tolerance, and the median of per-picture NMSEs."""
+    """NMSE, its median over pictures, F1, and F1 within a tolerance."""
 
     cond = "canny"
+    medians: ClassVar[dict[str, str]] = {"nmse_median": "nmse"}
 
-    def __init__(self, made: Mapping[str, Any] | None = None) -> None:
-        super().__init__(made)
-        self._error = self._energy = 0.0
-        self._exact = np.zeros(3, np.int64)  # hits, edge pixels of p, edge pixels of g
-        self._near = np.zeros(2, np.int64)  # edge pixels of p near g, of g near p
-        self._each: list[float] = []
+    def __init__(self, made: Mapping[str, Any] | None = None, evaluator: Annotator | None = None) -> None:
+        super().__init__(made, evaluator)
         self.tolerances: set[int] = set()
 
     @property
@@ -57,55 +56,44 @@ class EdgeScore(ControlScore):
         rule = f"{TOLERANCE} of the diagonal, at least 1 px, Euclidean"
         return {**super().protocol, "tolerance": rule, "tolerance_px": sorted(self.tolerances)}
 
-    def update(self, picture: np.ndarray, hint: np.ndarray, key: str = "") -> None:
-        """Extracts the picture's edges with the hint's thresholds (those of `key` where they were drawn at random)."""
-        self._fits(picture, hint)
-        self.update_maps(self.annotator.annotate(np.ascontiguousarray(picture), key)[0], hint)
-
-    def update_maps(self, edges: np.ndarray, hint: np.ndarray) -> None:
+    def update_maps(self, found: np.ndarray, wanted: np.ndarray, position: int | None = None) -> None:
         """Adds a map (H, W) of the picture and the hint, (H, W) or (H, W, 3), both uint8."""
-        self._fits(edges, hint)
-        wanted = hint if hint.ndim == 2 else hint.max(2)
-        p, g = edges.astype(np.float64) / 255, wanted.astype(np.float64) / 255
-        energy = float((g**2).sum())
-        found, there = edges > 127, wanted > 127
-        if not energy or not there.any():
+        self.fits(found, wanted)
+        wanted = grey(wanted)
+        p, g = found.astype(np.float64) / 255, wanted.astype(np.float64) / 255
+        drawn, there = found > 127, wanted > 127
+        if not there.any():
             self.skipped += 1
             return
-        error = float(((p - g) ** 2).sum())
-        self.n += 1
-        self._error += error
-        self._energy += energy
-        self._each.append(error / energy)
-        self._exact += np.array([(found & there).sum(), found.sum(), there.sum()])
-        within = tolerance(*edges.shape[:2])
+        within = tolerance(*found.shape[:2])
         self.tolerances.add(within)
-        self._near += np.array([(found & _near(there, within)).sum(), (there & _near(found, within)).sum()])
+        near = (drawn & _near(there, within)).sum(), (there & _near(drawn, within)).sum()
+        exact = (drawn & there).sum(), drawn.sum(), there.sum()
+        self.add((((p - g) ** 2).sum(), (g**2).sum(), *exact, *near), position)
 
-    def merge(self, other: ControlScore) -> None:
-        """Adds the other's sums."""
-        assert isinstance(other, EdgeScore)
-        super().merge(other)
-        self._error += other._error
-        self._energy += other._energy
-        self._each += other._each
-        self._exact += other._exact
-        self._near += other._near
-        self.tolerances |= other.tolerances
-
-    def compute(self) -> dict[str, float]:
-        """{"nmse", "nmse_median", "f1", "f1@Npx"}; N is the tolerance that was used."""
-        self._counted()
-        hits, found, there = (int(x) for x in self._exact)
-        precision = self._near[0] / found if found else 0.0
-        recall = self._near[1] / there
+    def figures(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """ "nmse", "f1", "f1@Npx"; N is the tolerance that was used."""
+        error, energy, hits, drawn, there, drawn_near, there_near = np.moveaxis(sums, -1, 0)
+        precision = np.where(drawn > 0, drawn_near / drawn, 0)
+        recall = there_near / there
         both = precision + recall
         return {
-            "nmse": self._error / self._energy,
-            "nmse_median": float(np.median(self._each)),
-            "f1": 2 * hits / (found + there),
-            self._near_name: float(2 * precision * recall / both) if both else 0.0,
+            "nmse": error / energy,
+            "f1": 2 * hits / (drawn + there),
+            self._near_name: np.where(both > 0, 2 * precision * recall / both, 0),
         }
+
+    def merge(self, other: PictureFigures) -> None:
+        """Adds what another process has counted."""
+        assert isinstance(other, EdgeScore)
+        super().merge(other)
+        self.tolerances |= other.tolerances
+
+
+class SketchScore(EdgeScore):
+    """The same for sketches, which are binary too."""
+
+    cond = "sketch"
 
 
 def _near(mask: np.ndarray, within: int) -> np.ndarray:

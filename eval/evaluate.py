@@ -1,59 +1,29 @@
-"""Folders of pictures to figures: streaming, in batches, every figure with its protocol."""
+"""Folders of pictures to figures: streaming, in batches, every figure with its protocol and interval."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..core.config import SampleConfig
 from ..core.data.images import BadImage
 from ..core.errors import SctoolError, UsageError
 from ..core.progress import Progress
+from .adherence import Adherence
 from .clip_models import ClipModel
-from .clip_score import ClipScore, choose_clip
-from .conditions import scores
-from .features import Extractor, choose_features
-from .frechet import FrechetStats, frechet_distance, small_sample_note
+from .clip_score import ClipScore
+from .clip_weights import choose_clip
+from .conditions import EDGES, SEGMENTATION, scores
+from .features import Extractor
 from .heldout import best_device, sample_heldout
-from .references import BATCH, References, file_hash, same_size
-from .results import Column, Figure, Results
-from .targets import SampleFolder, Target, digest, read_picture, require, resolve
+from .intervals import BOOTSTRAP
+from .metrics import Stream, streams
+from .options import SETS, Options
+from .references import BATCH, References, same_size
+from .results import Column, Figure, Picture, Results
+from .targets import SampleFolder, Target, read_picture, require, resolve
 
 DEFAULT_COUNT = 200
-LABELS = {
-    "nmse": "NMSE",
-    "nmse_median": "NMSE, median picture",
-    "f1": "F1",
-    "distance": "palette difference (0-255)",
-    "outside": "change outside the hole (0-255)",
-    "hole": "share of the hole",
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to evaluate. `metrics` empty means all that apply, and what cannot be had becomes a note."""
-
-    metrics: tuple[str, ...] = ()
-    features: str = "auto"
-    weights: str | None = None
-    clip_model: str | None = None
-    clip_weights: str | None = None
-    reference: str | None = None
-    offline: bool = False
-    save_stats: Path | None = None
-    count: int | None = None
-    sampling: SampleConfig | None = None
-    seed: int | None = None
-    quiet: bool = False
-
-    def wants(self, metric: str) -> bool:
-        """Whether the metric was asked for, by name or by naming none."""
-        return not self.metrics or metric in self.metrics
 
 
 def evaluate(target: str | Path | None = None, options: Options | None = None, *, runs: str | Path = "runs") -> Results:
@@ -63,8 +33,7 @@ def evaluate(target: str | Path | None = None, options: Options | None = None, *
     """
     options = options or Options()
     progress = Progress(options.quiet)
-    bare = options.reference is not None and options.metrics in ((), ("fid",))
-    found = resolve(target, runs, bare=bare)
+    found = resolve(target, runs, bare=not options.needs_metadata)
     found = _with_samples(found, options, progress)
     return _Evaluation(found, options, progress).run()
 
@@ -124,7 +93,6 @@ class _Evaluation:
         self.notes: list[str] = []
         self.device = best_device()
         self.base = next((folder.base for folder in target.folders if folder.base), None)
-        self.references: References | None = None
 
     def note(self, text: str) -> None:
         """Tells the user now and keeps it for the report."""
@@ -135,12 +103,11 @@ class _Evaluation:
     def run(self) -> Results:
         """All figures."""
         options, columns = self.options, []
-        if any(options.wants(metric) for metric in ("fid", "clip", "nmse")):
+        if options.metrics != ("profile",):
             applies = self._applies()
-            extractor = self._model("fid", self._extractor) if "fid" in applies else None
-            if extractor:
-                self.references = References(extractor, options.reference, options.save_stats, self.progress)
-            clip = self._model("clip", self._clip) if "clip" in applies else None
+            read = streams(applies & set(SETS), options, self.base, self.device, self._attempt, self.note, self._real)
+            clip = self._attempt(["clip"], self._clip) if "clip" in applies else None
+            control = Adherence(self.target, options, applies, self.note)
             faults = [self._faults(folder) for folder in self.target.folders]
             bad = {name for found in faults for name in found}
             for folder, found in zip(self.target.folders, faults, strict=True):
@@ -149,9 +116,10 @@ class _Evaluation:
                     raise SctoolError(f"{folder.path}: none of its {len(folder.rows)} pictures can be read.")
                 column = Column(folder.label, folder.path, len(rows))
                 column.faults += [{"file": name, "reason": reason} for name, reason in found.items()]
-                self._measure(folder, rows, column, extractor, clip, "nmse" in applies)
+                column.pictures = [_picture(row) for row in rows]
+                self._measure(folder, rows, column, read, clip, control)
                 columns.append(column)
-        profile = self._model("profile", self._profile) if options.wants("profile") else None
+        profile = self._attempt(["profile"], self._profile) if options.wants("profile") else None
         if not profile and not any(column.figures for column in columns):
             raise SctoolError(f"nothing could be measured on {self.target.name}: " + " ".join(self.notes))
         return Results(str(self.target.path), columns, profile, self.notes)
@@ -161,38 +129,48 @@ class _Evaluation:
     def _applies(self) -> set[str]:
         """The picture metrics that can be computed; one asked for by name that cannot be is an error."""
         rows = [row for folder in self.target.folders for row in folder.rows]
-        known = scores()
+        conds = {cond for row in rows for cond in row.get("hints") or {}}
+        own = all(row.get("reference") for row in rows)
+        given = self.options.reference
+        pictures = own if given is None else not Path(given).expanduser().is_file()
+        needs_pictures = (
+            f"compares pictures with pictures, and --reference {given} holds only their mean and covariance. "
+            "Give their folder."
+            if given is not None
+            else "has no reference pictures. Give the real ones with --reference FOLDER."
+        )
+        none = f"has no hints to compare with; they are drawn by a run trained with --cond {','.join(scores())}."
+        others = f"its hints are {', '.join(sorted(conds)) or 'none'}; --control measures all that it has."
         possible = {
             "fid": (
-                self.options.reference is not None or all(row.get("reference") for row in rows),
+                given is not None or own,
                 "has no reference pictures. Give the real ones with --reference FOLDER or a statistics file.",
             ),
+            "is": (True, ""),
+            **dict.fromkeys(("kid", "pr", "cmmd"), (pictures, needs_pictures)),
             "clip": (all(row.get("prompt") for row in rows), "has pictures without a prompt in metadata.jsonl."),
-            "nmse": (
-                any(cond in known for row in rows for cond in row.get("hints") or {}),
-                f"has no hints to compare with; they are drawn by a run trained with --cond {','.join(known)}.",
-            ),
+            "control": (bool(conds & scores().keys()), none),
+            "nmse": (bool(conds & set(EDGES)), f"has no edge hints: {others}" if conds else none),
+            "iou": (bool(conds & set(SEGMENTATION)), f"has no seg hints: {others}" if conds else none),
         }
         for metric, (can, reason) in possible.items():
             if metric in self.options.metrics:
                 require(can, f"--{metric}", str(self.target.path), reason)
         return {metric for metric, (can, _) in possible.items() if can and self.options.wants(metric)}
 
-    def _model(self, metric: str, load: Callable[[], Any]) -> Any:
-        """A metric's model; where the metric was not asked for by name, None and a note when it cannot be had."""
+    def _attempt(self, metrics: Sequence[str], load: Callable[[], Any]) -> Any:
+        """What some metrics need; None and a note when it cannot be had and none of them was asked for by name."""
         try:
             return load()
         except SctoolError as error:
-            if metric in self.options.metrics or (isinstance(error, UsageError) and metric != "profile"):
+            usage = isinstance(error, UsageError) and list(metrics) != ["profile"]
+            if usage or any(metric in self.options.metrics for metric in metrics):
                 raise
-            self.note(f"--{metric} left out: {error}")
+            self.note(f"{', '.join(f'--{metric}' for metric in metrics)} left out: {error}")
             return None
 
-    def _extractor(self) -> Extractor:
-        o = self.options
-        return choose_features(
-            o.features, weights=o.weights, base=self.base, offline=o.offline, device=self.device, note=self.note
-        )
+    def _real(self, extractor: Extractor, save: Path | None, keep: bool) -> References:
+        return References(extractor, self.options.reference, save, self.progress, keep=keep)
 
     def _clip(self) -> ClipModel:
         o = self.options
@@ -223,110 +201,47 @@ class _Evaluation:
         folder: SampleFolder,
         rows: list[dict[str, Any]],
         column: Column,
-        extractor: Extractor | None,
+        read: list[Stream],
         clip: ClipModel | None,
-        control: bool,
+        control: Adherence,
     ) -> None:
         """Fills the column in one pass over the pictures."""
-        made = self._made()
-        conds = sorted({cond for row in rows for cond in row.get("hints") or {}} & scores().keys()) if control else []
-        meters = {cond: scores()[cond](made.get(cond)) for cond in conds}
-        stats = FrechetStats(extractor.dim) if extractor else None
+        meters = [stream.meters() for stream in read]
+        follows = control.meters()
         score = ClipScore()
         with self.progress.counting(len(rows), f"measuring {folder.label}") as advance:
             for start in range(0, len(rows), BATCH):
                 batch = rows[start : start + BATCH]
                 pictures = [read_picture(folder.path, row["file_name"]) for row in batch]
                 for indices, tensor in same_size(pictures):
-                    if extractor and stats:
-                        stats.update(extractor(tensor))
+                    positions = [start + i for i in indices]
+                    for stream, own in zip(read, meters, strict=True):
+                        stream.update(own, tensor, positions)
                     if clip:
-                        score.update(clip.images(tensor), clip.texts([batch[i]["prompt"] for i in indices]))
-                for cond, meter in meters.items():
-                    for row, picture in zip(batch, pictures, strict=True):
-                        self._control(folder, row, cond, picture, meter, column)
+                        texts = clip.texts([batch[i]["prompt"] for i in indices])
+                        score.update(clip.images(tensor), texts, positions)
+                control.update(follows, folder, batch, pictures, start, column)
                 advance(len(batch))
-        shared = folder.protocol(rows)
-        if extractor and stats:
-            column.figures.append(self._fid(folder, rows, extractor, stats, shared, column))
+        for stream, own in zip(read, meters, strict=True):
+            column.figures += stream.figures(own, folder, rows, column, self._attempt, self.note)
         if clip:
-            column.figures += self._clip_figures(clip, score, shared)
-        for cond, meter in meters.items():
-            column.figures += self._control_figures(cond, meter, rows, folder, shared)
-
-    def _control(
-        self, folder: SampleFolder, row: Mapping[str, Any], cond: str, picture: np.ndarray, meter: Any, column: Column
-    ) -> None:
-        name = (row.get("hints") or {}).get(cond)
-        if name is None:
-            return
-        try:
-            meter.update(picture, read_picture(folder.path, name), str(row.get("key", "")))
-        except (BadImage, SctoolError) as error:
-            column.faults.append({"file": name, "reason": str(error)})
-
-    def _made(self) -> Mapping[str, Any]:
-        """How the run's maps were made, from its tuner file."""
-        if self.target.run is None or not self.target.run.tuner.is_file():
-            return {}
-        from ..core.checkpoint import read_meta
-
-        return read_meta(self.target.run.tuner).get("maps", {})
+            column.figures += self._clip_figures(clip, score, folder.protocol(rows), column)
+        column.figures += control.figures(follows, folder, rows, column)
 
     # ---------------------------------------------------------------------------------------------- figures
 
-    def _fid(
-        self,
-        folder: SampleFolder,
-        rows: list[dict[str, Any]],
-        extractor: Extractor,
-        stats: FrechetStats,
-        shared: dict[str, Any],
-        column: Column,
-    ) -> Figure:
-        assert self.references is not None
-        moments, reference = self.references.of(folder, rows, column)
-        note = small_sample_note(extractor.label, min(stats.n, moments.n or stats.n), extractor.dim)
-        if note:
-            self.note(note)
-        protocol = {"metric": extractor.label, **extractor.protocol, "reference": reference, **shared}
-        value = frechet_distance(stats.compute(), moments)
-        return Figure(extractor.key, extractor.label, value, "lower", protocol)
-
-    def _clip_figures(self, clip: ClipModel, score: ClipScore, shared: dict[str, Any]) -> list[Figure]:
+    def _clip_figures(
+        self, clip: ClipModel, score: ClipScore, shared: dict[str, Any], column: Column
+    ) -> Iterator[Figure]:
         mark, stem = (f" ({clip.label})", f"clip_{clip.label}") if clip.label else ("", "clip")
         if clip.truncated:
             self.note(f"{clip.truncated} prompts were longer than the CLIP model reads and were cut.")
-        protocol = {"metric": f"CLIP score{mark}", **clip.protocol, "prefix": "", **shared}
-        values = score.compute()
-        return [
-            Figure(f"{stem}_cos", f"CLIP cosine{mark}", values["cos"], "higher", protocol),
-            Figure(f"{stem}_100", f"CLIP score{mark}, 100 cos", values["100"], "higher", protocol),
-            Figure(f"{stem}_w2.5", f"CLIP score{mark}, w=2.5", values["w2.5"], "higher", protocol),
-        ]
-
-    def _control_figures(
-        self, cond: str, meter: Any, rows: list[dict[str, Any]], folder: SampleFolder, shared: dict[str, Any]
-    ) -> list[Figure]:
-        if meter.skipped:
-            self.note(f"{cond}: {meter.skipped} pictures with an empty hint were skipped.")
-        try:
-            values = meter.compute()
-        except SctoolError as error:
-            self.note(str(error))
-            return []
-        hints = digest([file_hash(folder.path, row["hints"][cond]) for row in rows if cond in (row.get("hints") or {})])
-        protocol = {"metric": f"{cond} adherence", **meter.protocol, "hints_sha256": hints, **shared, "n": meter.n}
-        return [
-            Figure(
-                f"{cond}.{key}",
-                f"{cond} {LABELS.get(key, key.replace('f1', 'F1'))}",
-                value,
-                meter.better[key],
-                protocol,
-            )
-            for key, value in values.items()
-        ]
+        protocol = {"metric": f"CLIP score{mark}", **clip.protocol, "prefix": "", "interval": BOOTSTRAP, **shared}
+        names = {"cos": f"CLIP cosine{mark}", "100": f"CLIP score{mark}, 100 cos", "w2.5": f"CLIP score{mark}, w=2.5"}
+        intervals, each = score.intervals(), score.each()
+        for key, value in score.compute().items():
+            yield Figure(f"{stem}_{key}", names[key], value, "higher", protocol, intervals.get(key))
+        column.spread(f"{stem}_cos", each["cos"])  # the other scales order pictures alike
 
     def _profile(self) -> dict[str, Any] | None:
         run = self.target.run
@@ -337,3 +252,9 @@ class _Evaluation:
 
         self.progress.note("timing base and tuned model")
         return profile(run, offline=self.options.offline, device=self.device)
+
+
+def _picture(row: Mapping[str, Any]) -> Picture:
+    """The report's entry of a picture, without figures yet."""
+    hints, prompt, key = row.get("hints") or {}, row.get("prompt") or "", str(row.get("key") or "")
+    return Picture(row["file_name"], prompt, key, dict(hints), row.get("reference"))

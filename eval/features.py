@@ -1,27 +1,30 @@
-"""Feature extractors for the Fréchet distance: pytorch-fid's Inception, or the embedded mini CLIP.
+"""Feature extractors for distances between sets of pictures, and which of them to take.
 
-An extractor has a name, a dimension, the label of the distance that it gives, and a protocol; called with uint8
-pictures (B, 3, H, W) it gives float32 features (B, D). Only Inception features give a figure called FID.
+An extractor has a name, a dimension, the label and key of the Fréchet distance that it gives, the mark that follows
+the names of other metrics, and a protocol; called with uint8 pictures (B, 3, H, W) it gives float32 features (B, D).
+Only Inception features give figures called FID, KID and so on without a mark.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import SctoolError, UsageError, unknown
 from ..core.files import sha256
-from .clip_models import MiniClip, mini_at_hand
+from .clip_models import MiniClip, OpenClip, TransformersClip, mini_at_hand, prepared
+from .clip_weights import Purpose, choose_clip
+from .inception import INCEPTION_URL, InceptionFeatures, find_inception, inception_cache, is_offline
 
-FEATURES = ("auto", "inception", "mini")
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+FEATURES = ("auto", "inception", "inception-clean", "clip", "dinov2", "mini")
+WEIGHTS = ("inception", "clip", "dinov2")
+"""What `--weights NAME=PATH` may name."""
+DINOV2 = "facebook/dinov2-large"
+CLIP_336 = Purpose("CMMD or FD-CLIP", "--weights clip=", "CMMD (mini features)", "ViT-L-14-336")
 
 
 class Extractor(Protocol):
@@ -31,6 +34,7 @@ class Extractor(Protocol):
     dim: int
     label: str
     key: str
+    mark: str
     protocol: dict[str, Any]
 
     def __call__(self, pictures: Tensor) -> Tensor:
@@ -38,71 +42,10 @@ class Extractor(Protocol):
         ...
 
 
-class _FidInception(nn.Module):
-    """pytorch-fid's Inception up to its last average pool, built without that package's download."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from pytorch_fid import inception as fid
-        from torchvision.models import inception_v3
-
-        net = inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
-        net.Mixed_5b = fid.FIDInceptionA(192, pool_features=32)
-        net.Mixed_5c = fid.FIDInceptionA(256, pool_features=64)
-        net.Mixed_5d = fid.FIDInceptionA(288, pool_features=64)
-        for name, width in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
-            setattr(net, f"Mixed_{name}", fid.FIDInceptionC(768, channels_7x7=width))
-        net.Mixed_7b = fid.FIDInceptionE_1(1280)
-        net.Mixed_7c = fid.FIDInceptionE_2(2048)
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (B, 2048) of pixels (B, 3, 299, 299) in -1..1."""
-        net = self.net
-        x = net.Conv2d_2b_3x3(net.Conv2d_2a_3x3(net.Conv2d_1a_3x3(x)))
-        x = net.Conv2d_4a_3x3(net.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
-        x = F.max_pool2d(x, 3, 2)
-        for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"):
-            x = getattr(net, f"Mixed_{name}")(x)
-        return x.mean((2, 3))
-
-
-class InceptionFeatures:
-    """The 2048 pool features of the TensorFlow Inception of 2015, as pytorch-fid ports it: what FID means."""
-
-    name, dim, label, key = "inception", 2048, "FID", "fid"
-
-    def __init__(self, weights: Path, device: str = "cpu") -> None:
-        """Loads `weights` (a state dict, without pickle). Raises `SctoolError` when the file is another one."""
-        self.device = device
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            net = _FidInception()
-            net.net.load_state_dict(state)
-        except Exception as error:
-            raise SctoolError(
-                f"--weights {weights} is not pytorch-fid's Inception ({str(error).splitlines()[0]}). "
-                f"Download it from {INCEPTION_URL}"
-            ) from error
-        self.net = net.eval().requires_grad_(False).to(device)
-        self.protocol = {
-            "extractor": "pytorch-fid InceptionV3, 2048 pool features",
-            "weights_sha256": sha256(weights),
-            "resize": "bilinear, no antialias, to 299x299 (pytorch-fid's rule)",
-        }
-
-    @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Features (B, 2048) of uint8 pictures (B, 3, H, W)."""
-        x = pictures.to(self.device).float() / 255
-        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
-        return self.net(2 * x - 1)
-
-
 class MiniFeatures:
     """The unit picture embeddings of the embedded CLIP. Small and trained on garments: never called FID."""
 
-    name, label, key = "mini", "FD (mini features)", "fd_mini"
+    name, label, key, mark = "mini", "FD (mini features)", "fd_mini", " (mini features)"
 
     def __init__(self, clip: MiniClip) -> None:
         self.clip, self.dim = clip, clip.dim
@@ -113,72 +56,173 @@ class MiniFeatures:
         return self.clip.images(pictures)
 
 
-def is_offline(offline: bool) -> bool:
-    """Whether the network is forbidden, by flag or by the hub's own variable."""
-    return offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+class ClipFeatures:
+    """A CLIP's picture embeddings as they are, not of unit length; pictures are resized whole, not cropped."""
+
+    name, label, key, mark = "clip", "FD-CLIP", "fd_clip", " (CLIP features)"
+
+    def __init__(self, clip: OpenClip | TransformersClip) -> None:
+        self.clip, self.dim = clip, clip.dim
+        self.protocol = {
+            **clip.protocol,
+            "extractor": f"{clip.protocol['clip_model']}, picture embeddings",
+            "resize": f"bicubic, antialias, to {clip.size}x{clip.size}",
+        }
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Features (B, D) of uint8 pictures (B, 3, H, W)."""
+        return self.clip.embed(pictures, crop=False)
 
 
-def inception_cache() -> Path:
-    """Where torch.hub, and so pytorch-fid, keeps the Inception weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+class DinoFeatures:
+    """DINOv2's class token after the last norm: Stein et al. 2023 (arXiv 2306.04675) put it in Inception's place."""
 
+    name, label, key, mark = "dinov2", "FD-DINOv2", "fd_dinov2", " (DINOv2 features)"
+    side = 224
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
-def find_inception(weights: str | Path | None, offline: bool) -> Path:
-    """The Inception weights: the given file, the cached one, or a download.
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        """Loads a folder in transformers' format. Raises `SctoolError` when it is another network."""
+        from transformers import Dinov2Model
+        from transformers.utils import logging
 
-    Raises `UsageError` for a missing file and `SctoolError`, naming the remedies, when they cannot be had.
-    """
-    if weights is not None:
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise UsageError(f"--weights {weights}: no such file. It is {INCEPTION_URL}")
-        return path
-    cached = inception_cache()
-    if cached.is_file():
-        return cached
-    reason = "the network is not to be used (--offline)"
-    if not is_offline(offline):
+        logging.disable_progress_bar()  # it would break ours
         try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, str(cached), hash_prefix="6726825d", progress=False)
-            return cached
-        except (OSError, RuntimeError) as error:  # no network, a full disk, or other bytes than expected
-            reason = f"the download failed ({error})"
-    raise SctoolError(
-        f"FID needs the Inception weights, and {reason}. Either download {INCEPTION_URL} and give it with "
-        f"--weights PATH (or put it at {cached}), or use --features mini, the embedded features "
-        "(reported as 'FD (mini features)', not FID)."
-    )
+            net = Dinov2Model.from_pretrained(
+                str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SctoolError(
+                f"DINOv2 model {folder} cannot be loaded: {str(error).splitlines()[0]}. It is {DINOV2} of the hub."
+            ) from error
+        self.net = net.eval().requires_grad_(False).to(device)
+        self.device, self.dim = device, int(net.config.hidden_size)
+        self.protocol = {
+            "extractor": f"DINOv2, {self.dim} class token features",
+            "weights_sha256": [sha256(file) for file in sorted(folder.glob("*.safetensors"))],
+            "resize": f"bicubic, antialias, to {self.side}x{self.side}",
+        }
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Features (B, D) of uint8 pictures (B, 3, H, W)."""
+        return self.net(prepared(pictures.to(self.device), self.side, self.mean, self.std, crop=False)).pooler_output
+
+
+def find_dinov2(weights: str | Path | None, offline: bool) -> Path:
+    """The DINOv2 folder: the given one, the hub's cache, or a download. Raises `UsageError`, `SctoolError`."""
+    if weights is not None:
+        folder = Path(weights).expanduser()
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                f"--weights dinov2={weights}: no folder with config.json and model.safetensors of {DINOV2}."
+            )
+        return folder
+    from huggingface_hub import hf_hub_download
+
+    try:
+        files = [
+            hf_hub_download(DINOV2, name, local_files_only=is_offline(offline))
+            for name in ("config.json", "model.safetensors")
+        ]
+    except Exception as error:  # the hub client raises a dozen kinds for "not reachable" and "not there"
+        reason = "the network is not to be used (--offline)"
+        if not is_offline(offline):
+            reason = f"the download failed ({type(error).__name__})"
+        raise SctoolError(
+            f"DINOv2 features need {DINOV2}, and {reason}. Either download its config.json and model.safetensors "
+            f"from https://huggingface.co/{DINOV2} and give the folder with --weights dinov2=PATH, or use "
+            "--features mini, the embedded features (reported as 'FD (mini features)')."
+        ) from error
+    return Path(files[-1]).parent
+
+
+def named_weights(specs: Sequence[str], features: str) -> dict[str, str]:
+    """`--weights` by network: each is `NAME=PATH` with a name of `WEIGHTS`, or the PATH for what `--features` names.
+
+    Raises `UsageError` for unknown features, a network given twice, or mini features, which take none.
+    """
+    if features not in FEATURES:
+        raise unknown("--features value", features, FEATURES)
+    found: dict[str, str] = {}
+    for spec in specs:
+        name, mark, path = spec.partition("=")
+        if not mark or name not in WEIGHTS:
+            name, path = features if features in WEIGHTS else "inception", spec
+            if features == "mini":
+                raise UsageError(
+                    f"--weights {spec} are Inception weights, which --features mini does not use. "
+                    "Leave out one of the two."
+                )
+        if name in found:
+            raise UsageError(f"--weights gives {name} twice: {found[name]} and {path}.")
+        found[name] = path
+    return found
 
 
 def choose_features(
     kind: str,
     *,
-    weights: str | Path | None = None,
+    weights: Mapping[str, str] | None = None,
     base: str | None = None,
     offline: bool = False,
     device: str = "cpu",
     note: Callable[[str], None] = lambda text: None,
     mini: Callable[[], MiniClip] = MiniClip,
 ) -> Extractor:
-    """The extractor for `kind`, one of `FEATURES`.
+    """The extractor for `kind`, one of `FEATURES`; `weights` as `named_weights` gives them.
 
     "auto" is Inception where its weights are at hand; where they are not, pictures of the embedded base fall back to
     mini features and `note` is told; for other bases the weights are downloaded. Raises `UsageError`, `SctoolError`.
     """
+    weights = weights or {}
     if kind not in FEATURES:
         raise unknown("--features value", kind, FEATURES)
-    if kind == "mini" and weights is not None:
-        raise UsageError(
-            "--weights are Inception weights, which --features mini does not use. Leave out one of the two."
-        )
     if kind == "mini":
         return MiniFeatures(mini())
-    at_hand = weights is not None or inception_cache().is_file()
+    if kind == "clip":
+        return clip_features("clip", weights=weights, base=base, offline=offline, device=device)
+    if kind == "dinov2":
+        return DinoFeatures(find_dinov2(weights.get("dinov2"), offline), device)
+    at_hand = "inception" in weights or inception_cache().is_file()
     if kind == "auto" and not at_hand and base == "mini" and mini_at_hand():
         note(
             "no Inception weights here: computing 'FD (mini features)' with the embedded CLIP, which is no FID. "
             f"For FID, download {INCEPTION_URL} and give it with --weights PATH."
         )
         return MiniFeatures(mini())
-    return InceptionFeatures(find_inception(weights, offline), device)
+    file = find_inception(weights.get("inception"), offline)
+    return InceptionFeatures(file, device, clean=kind == "inception-clean")
+
+
+def clip_features(
+    kind: str,
+    *,
+    weights: Mapping[str, str],
+    base: str | None = None,
+    offline: bool = False,
+    device: str = "cpu",
+    note: Callable[[str], None] = lambda text: None,
+    mini: Callable[[], MiniClip] = MiniClip,
+) -> Extractor:
+    """CLIP ViT-L/14 at 336 px, which CMMD is made of, by the rule of `choose_features`: "auto" may fall back to mini.
+
+    Weights are a file of open_clip's ViT-L-14-336 or a folder of open_clip or transformers.
+    """
+    given = weights.get("clip")
+    folder = given is not None and Path(given).expanduser().is_dir()
+    clip = choose_clip(
+        kind,
+        model=given if folder else None,
+        weights=None if folder else given,
+        base=base,
+        offline=offline,
+        device=device,
+        note=note,
+        mini=mini,
+        purpose=CLIP_336,
+    )
+    if isinstance(clip, MiniClip):
+        return MiniFeatures(clip)
+    assert isinstance(clip, OpenClip | TransformersClip)
+    return ClipFeatures(clip)

@@ -85,7 +85,7 @@ def sample_heldout(
     """
     from ..core.backbones import load_backbone
     from ..core.checkpoint import load_tuner
-    from ..core.data.hints import render
+    from ..core.data.hints import is_categorical, render
     from ..core.data.images import BadImage, Geometry, decode_map, decode_rgb
     from ..core.sample import Request, draw, protocol, write_samples
     from ..core.sites import tuned
@@ -104,14 +104,17 @@ def sample_heldout(
         try:
             image = decode_rgb(record.image, record.image.name)
             reference = geometry.apply(image)
-            hints = {}
+            hints, maps = {}, {}
             for name in config.cond:
-                fitted = geometry.apply_map(decode_map(record.maps[name], record.maps[name].name), image.shape)
+                map, names = decode_map(record.maps[name], record.maps[name].name), is_categorical(name)
+                fitted = geometry.apply_map(map, image.shape, names=names)
                 hints[name] = render(name, fitted, reference)
+                if names and fitted.ndim == 2:  # colours do not tell all classes apart
+                    maps[name] = fitted
         except (BadImage, KeyError):
             continue
         caption = " ".join(filter(None, (config.trigger, record.text or "")))
-        requests.append(Request(caption, seed + len(requests), hints, reference, record.key, record.label))
+        requests.append(Request(caption, seed + len(requests), hints, reference, record.key, record.label, maps))
     if not requests:
         raise SctoolError(f"{run.path}: its data hold nothing out to sample; give --val-data when training.")
     progress = Progress(quiet)
@@ -165,8 +168,10 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def adherence(conds: Sequence[str], made: dict[str, Any]) -> dict[str, Callable[..., dict[str, float]]]:
+def adherence(
+    conds: Sequence[str], made: dict[str, Any], *, quiet: bool = False
+) -> dict[str, Callable[..., dict[str, float]]]:
     """For each condition that can be measured, a function (pictures, hints) -> figures; see `eval/conditions.py`."""
     from .conditions import measures
 
-    return measures(conds, made)
+    return measures(conds, made, Progress(quiet).note)

@@ -1,8 +1,9 @@
-"""Statistics of the real pictures that samples are compared to: the samples' own references, a folder, or a file."""
+"""The real pictures that samples are compared to: the samples' own references, a folder, or a file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +16,55 @@ from ..core.files import sha256
 from ..core.progress import Progress
 from .features import Extractor
 from .frechet import FrechetStats, Moments
+from .kept import KeptFeatures
 from .results import Column
 from .targets import PICTURES, SampleFolder, digest, inside, read_picture
 
 BATCH = 16
 
 
-class References:
-    """Moments of real pictures under one extractor; computed once for folders that share their references."""
+@dataclass(frozen=True)
+class Real:
+    """What is known of the real pictures: moments, and their features (M, D) float32 where they were kept."""
 
-    def __init__(self, extractor: Extractor, given: str | None, save: Path | None, progress: Progress) -> None:
+    moments: Moments | None = None
+    features: np.ndarray | None = None
+
+    @property
+    def n(self) -> int | None:
+        """How many there are; None where a statistics file does not say."""
+        return self.moments.n if self.moments else None
+
+
+class References:
+    """The real pictures under one extractor; looked at once for folders that share their references."""
+
+    def __init__(
+        self, extractor: Extractor, given: str | None, save: Path | None, progress: Progress, *, keep: bool = False
+    ) -> None:
         """`given` is a folder of pictures or an .npz of moments; the folders' own references for None.
 
-        `save` is where to keep the moments. Raises `UsageError` where `given` is missing or of another extractor.
+        `save` is where to keep the moments; `keep`: keep the features too. Raises `UsageError` where `given` is missing
+        or of another extractor.
         """
-        self.extractor, self.save, self.progress = extractor, save, progress
-        self._found: dict[str, tuple[Moments, dict[str, Any]]] = {}
+        self.extractor, self.save, self.progress, self.keep = extractor, save, progress, keep
+        self._found: dict[str, tuple[Real, dict[str, Any]]] = {}
         self.given = Path(given).expanduser() if given is not None else None
         self.fixed = self._from_file(self.given) if self.given is not None and self.given.is_file() else None
         if self.given is not None and not self.given.exists():
             raise UsageError(f"--reference {given}: no such folder or statistics file.")
 
-    def _from_file(self, file: Path) -> tuple[Moments, dict[str, Any]]:
+    def _from_file(self, file: Path) -> tuple[Real, dict[str, Any]]:
         moments, extractor = Moments.load(file), self.extractor
         if len(moments.mu) != extractor.dim:
             raise UsageError(
                 f"--reference {file} holds {len(moments.mu)} dimensions; {extractor.name} features have "
                 f"{extractor.dim}. Statistics and --features must be of the same extractor."
             )
-        return moments, {"n": moments.n, "statistics_sha256": sha256(file)}
+        return Real(moments), {"n": moments.n, "statistics_sha256": sha256(file)}
 
-    def of(
-        self, folder: SampleFolder, rows: Sequence[dict[str, Any]], column: Column
-    ) -> tuple[Moments, dict[str, Any]]:
-        """Moments for the samples `rows` of `folder`, and what identifies the real pictures.
+    def of(self, folder: SampleFolder, rows: Sequence[dict[str, Any]], column: Column) -> tuple[Real, dict[str, Any]]:
+        """The real pictures for the samples `rows` of `folder`, and what identifies them.
 
         Pictures that cannot be read are listed in the column's faults.
         """
@@ -60,25 +76,30 @@ class References:
             raise UsageError(f"--reference {root} holds no pictures.")
         key = digest([file_hash(root, name) for name in names])
         if key not in self._found:
-            self._found[key] = self._measured(root, names, column), {"n": len(names), "pictures_sha256": key}
-            if self.save:
-                self._found[key][0].save(self.save)
+            real = self._measured(root, names, column)
+            self._found[key] = real, {"n": len(names), "pictures_sha256": key}
+            if self.save and real.moments:
+                real.moments.save(self.save)
         return self._found[key]
 
-    def _measured(self, root: Path, names: Sequence[str], column: Column) -> Moments:
-        stats = FrechetStats(self.extractor.dim)
+    def _measured(self, root: Path, names: Sequence[str], column: Column) -> Real:
+        stats, kept = FrechetStats(self.extractor.dim), KeptFeatures()
         with self.progress.counting(len(names), "measuring references") as advance:
             for start in range(0, len(names), BATCH):
-                pictures = []
-                for name in names[start : start + BATCH]:
+                pictures, positions = [], []
+                for position, name in enumerate(names[start : start + BATCH], start):
                     try:
                         pictures.append(read_picture(root, name))
+                        positions.append(position)
                     except BadImage as error:
                         column.faults.append({"file": name, "reason": str(error)})
-                for _, tensor in same_size(pictures):
-                    stats.update(self.extractor(tensor))
+                for indices, tensor in same_size(pictures):
+                    features = self.extractor(tensor)
+                    stats.update(features)
+                    if self.keep:
+                        kept.update(features, [positions[i] for i in indices])
                 advance(len(names[start : start + BATCH]))
-        return stats.compute()
+        return Real(stats.compute(), kept.rows() if self.keep else None)
 
 
 def picture_names(folder: Path) -> list[str]:

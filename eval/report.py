@@ -21,16 +21,28 @@ COSTS = {
 }
 
 
+WIDE = 55  # characters a folder's column, below which intervals stand under their figures
+INTERVALS = "[…, …]: 95 % interval over pictures"
+
+
 def number(value: float | None) -> str:
     """Four significant digits."""
     return "–" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def shown(figure: Figure | None) -> str:
+    """A figure with its interval: 0.721 [0.70, 0.74]."""
+    if figure is None:
+        return "–"
+    bounds = figure.interval
+    return number(figure.value) + (f" [{bounds[0]:.3g}, {bounds[1]:.3g}]" if bounds else "")
+
+
 def figure_rows(results: Results) -> list[list[str]]:
-    """Name, a value a column, protocol id; a name that comes with several protocols says so by its rows."""
+    """Name, a value with its interval a column, protocol id; a name with several protocols has as many rows."""
     rows = []
     for first, figures in results.rows():
-        values = [number(figure.value) if figure else "–" for figure in figures]
+        values = [shown(figure) for figure in figures]
         rows.append([f"{first.name} {ARROWS[first.better]}".strip(), *values, first.protocol_id])
     return rows
 
@@ -55,9 +67,12 @@ def show(results: Results, console: Console | None = None) -> None:
     console = console or Console()
     if results.columns:
         table = _table(f"Evaluation of {results.target}", ["", *[_heading(c) for c in results.columns], "protocol"])
+        narrow = console.width < WIDE * len(results.columns)
         for row in figure_rows(results):
-            table.add_row(*row)
+            table.add_row(*(cell.replace(" [", "\n[") if narrow else cell for cell in row))
         console.print(table)
+        if any(figure.interval for column in results.columns for figure in column.figures):
+            console.print(INTERVALS, style="dim")
     if results.profile:
         protocol = results.profile["protocol"]
         title = f"Costs of {results.profile['method']} on {protocol['device']}, batch {protocol['batch']}"
@@ -91,6 +106,8 @@ def markdown(results: Results) -> str:
     lines = [f"# Evaluation of {results.target}", ""]
     if results.columns:
         lines += _markdown_table(["", *[_heading(c) for c in results.columns], "protocol"], figure_rows(results))
+        if any(figure.interval for column in results.columns for figure in column.figures):
+            lines += [f"{INTERVALS}.", ""]
     if results.profile:
         lines += ["## Costs", "", *_markdown_table(["", "base", "tuned", "ratio"], cost_rows(results.profile))]
         lines += [f"- {key}: {value}" for key, value in results.profile["protocol"].items()] + [""]

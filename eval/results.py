@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,11 @@ class Column:
     def get(self, key: str) -> Figure | None:
         """The figure of that key."""
         return next((figure for figure in self.figures if figure.key == key), None)
+
+    def spread(self, key: str, values: Mapping[int, float]) -> None:
+        """Notes a figure's own value at each picture, by position."""
+        for position, value in values.items():
+            self.pictures[position].values[key] = value
 
 
 @dataclass

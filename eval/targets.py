@@ -126,8 +126,8 @@ def read_picture(folder: Path, name: str) -> np.ndarray:
     """uint8 (H, W, 3). Raises `BadImage` for what is missing or cannot be decoded."""
     try:
         return decode_rgb(inside(folder, name).read_bytes())
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL or a lone surrogate
+        raise BadImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def short_seeds(seeds: Sequence[Any]) -> str:

@@ -18,7 +18,7 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("annotate", "train", "sample", "evaluate", "methods"):
+    for verb in ("annotate", "train", "sample", "evaluate", "compare", "methods", "weights"):
         assert verb in done.stdout
 
 
@@ -41,6 +41,11 @@ def test_help_imports_no_torch() -> None:
         (["sample", "a cat", "--tuner", "nowhere"], 2, "nowhere"),
         (["sample", "--hint", "canny=x.png"], 2, "prompt"),
         (["evaluate", "nowhere"], 2, "nowhere"),
+        (["compare", "nowhere", "nowhere"], 2, "nowhere"),
+        (["weights", "fetch", "hedd"], 2, "Did you mean 'hed'?"),
+        (["annotate", "photos", "--cond", "depth:modl=x"], 2, "Did you mean 'model'?"),
+        (["annotate", "photos", "--cond", "hed"], 1, "sctool weights fetch hed"),
+        (["annotate", "photos", "--shards", "5/3"], 2, "K/N"),
         (["methods", "--base", "sd16"], 2, "Did you mean 'sd15'?"),
         (["trian"], 2, "trian"),
     ],

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from sctool.core.errors import SctoolError, UsageError
 from sctool.eval.clip_models import MEAN, STD, MiniClip, OpenClip, TransformersClip, prepared
-from sctool.eval.clip_score import ClipScore, choose_clip
+from sctool.eval.clip_score import ClipScore
+from sctool.eval.clip_weights import choose_clip
 from sctool.eval.features import MiniFeatures, choose_features
 
 TEXTS = ["a red hat", "a photo of blue shoes"]
@@ -55,6 +55,7 @@ def test_open_clip_equals_the_direct_product(open_model: Path, pictures: torch.T
     found = score.compute()
     assert found["cos"] == pytest.approx(sum(cos) / 2, abs=1e-6)
     assert found["100"] == pytest.approx(50 * sum(cos), abs=1e-4)
+    assert score.each()["cos"] == pytest.approx(dict(enumerate(cos)), abs=1e-6)
     assert found["w2.5"] == pytest.approx(1.25 * sum(max(c, 0) for c in cos), abs=1e-6)
 
 
@@ -108,6 +109,7 @@ def test_scores_merge() -> None:
     right.update(image[2:], text[2:])
     left.merge(right)
     assert left.compute() == pytest.approx(whole.compute())
+    assert left.intervals() == whole.intervals()
     with pytest.raises(SctoolError, match="prompts"):
         ClipScore().compute()
 
@@ -115,7 +117,7 @@ def test_scores_merge() -> None:
 def test_which_model_is_taken(
     mini: MiniClip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, open_model: Path
 ) -> None:
-    for module in ("clip_score", "features"):
+    for module in ("clip_weights", "features"):
         monkeypatch.setattr(f"sctool.eval.{module}.mini_at_hand", lambda: True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: None)
@@ -146,8 +148,6 @@ def mini_folder(mini: MiniClip) -> Path:
 
 def test_sides_of_any_shape_and_grey_pictures_are_prepared() -> None:
     for height, width in ((16, 16), (16, 50), (7, 9)):
-        tensor = torch.from_numpy(__import__("numpy").array(Image.new("RGB", (width, height), (9, 9, 9)))).permute(
-            2, 0, 1
-        )
+        grey = torch.full((1, 3, height, width), 9, dtype=torch.uint8)
         for crop in (True, False):
-            assert prepared(tensor[None], 16, MEAN, STD, crop=crop).shape == (1, 3, 16, 16)
+            assert prepared(grey, 16, MEAN, STD, crop=crop).shape == (1, 3, 16, 16)

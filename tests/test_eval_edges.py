@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 
 from sctool.core.errors import SctoolError
-from sctool.eval.conditions import ColorScore, OutsideScore, measures, scores
-from sctool.eval.conditions import cells as count_cells
+from sctool.eval.colors import ColorScore
+from sctool.eval.colors import cells as count_cells
+from sctool.eval.conditions import measures, scores
 from sctool.eval.edges import EdgeScore, tolerance
+from sctool.eval.preservation import OutsideScore
 
 
 def lines(size: int = 64) -> np.ndarray:
@@ -69,6 +73,7 @@ def test_empty_hints_are_skipped_and_counted_and_sums_merge() -> None:
         (left if index < 3 else right).update_maps(p, g)
     left.merge(right)
     assert left.compute() == whole.compute()
+    assert left.intervals() == whole.intervals()
     assert (left.n, left.skipped) == (4, 1)
     alone = EdgeScore()
     alone.update_maps(*pairs[2])
@@ -87,7 +92,7 @@ def test_edges_are_extracted_as_the_hint_was() -> None:
     assert found[0]["nmse"] > 0
     assert EdgeScore({"low": 50}).protocol["annotator"]["low"] == 50
     with pytest.raises(SctoolError, match="32x32 px, the picture 48x48 px"):
-        EdgeScore().update(picture, hint[:32, :32])
+        EdgeScore().update([picture], [hint[:32, :32]])
 
 
 def test_colour_distance_uses_the_cells_of_the_hint() -> None:
@@ -97,12 +102,12 @@ def test_colour_distance_uses_the_cells_of_the_hint() -> None:
     hint = cv2.resize(cells, (64, 48), interpolation=cv2.INTER_NEAREST)
     assert count_cells(hint) == (3, 4)
     score = ColorScore()
-    score.update(hint, hint)
+    score.update([hint], [hint])
     assert score.compute()["distance"] == pytest.approx(0)
     grey = np.full((32, 32, 3), 100, np.uint8)
     for picture, wanted in ((grey, 0), (grey + 7, 7)):
         score = ColorScore()
-        score.update(picture, grey)
+        score.update([picture], [grey])
         assert score.compute()["distance"] == pytest.approx(wanted)
 
 
@@ -112,21 +117,34 @@ def test_what_lies_outside_the_hole_should_stay() -> None:
     hint = picture.copy()
     hint[5:15, 5:15] = 0
     score, other = OutsideScore(), OutsideScore()
-    score.update(picture, hint)
-    other.update(picture + 4, hint)
-    other.update(picture, np.zeros_like(hint))
+    score.update([picture], [hint])
+    other.update([picture + 4], [hint])
+    other.update([picture], [np.zeros_like(hint)])
     score.merge(other)
     assert score.compute() == {"outside": pytest.approx(2), "hole": pytest.approx(0.25)}
     assert score.skipped == 1
 
 
-def test_every_condition_of_the_table_measures_a_perfect_picture() -> None:
+def test_every_weight_free_condition_measures_a_perfect_picture() -> None:
     picture = np.full((64, 64, 3), 30, np.uint8)
     cv2.rectangle(picture, (10, 10), (40, 50), (200, 220, 180), -1)
     palette = cv2.resize(cv2.resize(picture, (1, 1), interpolation=cv2.INTER_CUBIC), (64, 64), interpolation=0)
-    hints = {"canny": np.repeat(cv2.Canny(picture, 100, 200)[..., None], 3, 2), "mask": picture, "color": palette}
-    for name, measure in measures(scores(), {}).items():
-        best = measure([picture], [hints[name]])
-        assert best
-        for key, better in scores()[name]().better.items() if name != "canny" else [("nmse", "lower")]:
-            assert better != "lower" or best[key] == 0
+    hints = {"canny": np.repeat(cv2.Canny(picture, 100, 200)[..., None], 3, 2), "mask": picture, "outpaint": picture}
+    hints |= {"color": palette}
+    table = scores()
+    assert table.keys() >= {"canny", "sketch", "color", "mask", "outpaint", "hed", "depth", "seg", "pose"}
+    for name, measure in measures(list(hints), {}).items():
+        best = measure([picture], [hints.pop(name)])
+        better = table[name]().better | {"nmse": "lower"}
+        assert [best[key] for key in best if better.get(key) == "lower"] == [0] * sum(
+            better.get(key) == "lower" for key in best
+        )
+    assert not hints
+
+
+def test_conditions_without_weights_are_left_out_of_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    said: list[str] = []
+    assert list(measures(["canny", "hed", "depth", "seg"], {}, said.append)) == ["canny"]
+    assert ["sctool weights fetch" in text for text in said] == [True, True, False]
+    assert "sctool evaluate" in said[2]

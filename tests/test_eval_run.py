@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sctool.core.config import TrainConfig
+from sctool.annotators import ANNOTATORS
+from sctool.annotators.base import Annotator
+from sctool.core.config import Config, TrainConfig
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.runs import Run, open_run
 from sctool.eval import evaluate as module
-from sctool.eval.evaluate import Options, evaluate
+from sctool.eval.evaluate import evaluate
+from sctool.eval.options import Options
 from sctool.eval.report import markdown, show, write
 from sctool.eval.results import Column, Figure, Results, compare
 
@@ -22,7 +26,7 @@ from sctool.eval.results import Column, Figure, Results, compare
 class Means:
     """A stand-in for an extractor: the mean colour."""
 
-    name, dim, label, key = "means", 3, "FD (means)", "fd_means"
+    name, dim, label, key, mark = "means", 3, "FD (means)", "fd_means", " (means)"
     protocol = {"extractor": "means"}  # noqa: RUF012
 
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -31,10 +35,16 @@ class Means:
 
 @pytest.fixture(autouse=True)
 def _no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def features(kind: str, **_: object) -> Means:
+        if kind == "inception":
+            raise SctoolError("no Inception here.")
+        return Means()
+
     def none(kind: str, **_: object) -> object:
         raise SctoolError("no CLIP here.")
 
-    monkeypatch.setattr(module, "choose_features", lambda kind, **_: Means())
+    monkeypatch.setattr("sctool.eval.metrics.choose_features", features)
+    monkeypatch.setattr("sctool.eval.metrics.clip_features", none)
     monkeypatch.setattr(module, "choose_clip", none)
 
 
@@ -69,7 +79,8 @@ def test_base_and_tuned_stand_side_by_side(tmp_path: Path, capsys: pytest.Captur
     assert results.value("tuned", "canny.nmse") == 0
     assert results.value("base", "canny.f1@1px") < results.value("tuned", "canny.f1@1px") == 1
     assert all(all(figures) for _, figures in results.rows())  # every row is comparable
-    assert any("--clip left out" in note for note in results.notes)
+    for flag in ("clip", "is", "cmmd"):
+        assert any(f"--{flag} left out" in note for note in results.notes)
     assert any("biased upwards" in note for note in results.notes)
     protocol = results.columns[0].figures[0].protocol
     assert (protocol["seeds"], protocol["n"], protocol["base_hash"]) == ("0-5", 6, "ab")
@@ -79,6 +90,88 @@ def test_base_and_tuned_stand_side_by_side(tmp_path: Path, capsys: pytest.Captur
     assert "FD (means)" in markdown(results)
     show(results)
     assert "canny F1@1PX" in capsys.readouterr().out.replace("px", "PX")
+
+
+def test_every_figure_has_its_interval_and_every_picture_its_values(tmp_path: Path) -> None:
+    make_samples(tmp_path / "base", count=24, shift=3)
+    make_samples(tmp_path / "tuned", count=24)
+    results = evaluate(tmp_path, Options(quiet=True))
+    for column in results.columns:
+        keys = {"fd_means", "kid_means", "precision_means", "recall_means", "canny.nmse", "canny.f1", "canny.f1@1px"}
+        assert keys <= {figure.key for figure in column.figures}
+        for figure in column.figures:
+            assert figure.interval is not None
+            assert figure.interval[0] <= figure.value <= figure.interval[1]
+            assert "interval" in figure.protocol
+        assert [picture.file for picture in column.pictures] == [f"{i}.png" for i in range(24)]
+        first = column.pictures[5]
+        assert (first.prompt, first.key, first.hints) == ("picture 5", "5", {"canny": "canny/5.png"})
+        assert first.values.keys() == {"canny.nmse", "canny.f1", "canny.f1@1px"}
+    tuned = results.columns[1]
+    real = np.array(Image.open(tmp_path / "tuned" / "reference" / "5.png"))
+    hint = np.array(Image.open(tmp_path / "tuned" / "canny" / "5.png"))
+    np.testing.assert_array_equal(tuned.extract["canny"](real, "5"), hint)
+    assert "[" in markdown(results)
+    assert json.loads(json.dumps(results.to_json()))["folders"]["tuned"]["figures"]["canny.f1"]["interval"] == [1, 1]
+
+
+class Ids(Annotator):
+    """A stand-in for a segmentation network: the class is the red channel's quarter."""
+
+    name, version, summary = "seg", "ids-1", ""
+
+    class Settings(Config):
+        model: str = "annotator"
+        batch: int = 0
+
+    batches: ClassVar[list[int]] = []
+
+    def __call__(self, images: list[np.ndarray], keys: list[str]) -> list[tuple[np.ndarray, dict[str, Any]]]:
+        self.batches.append(len(images))
+        return super().__call__(images, keys)
+
+    def annotate(self, image: np.ndarray, key: str) -> tuple[np.ndarray, dict[str, Any]]:
+        return image[..., 0] // 64, {}
+
+    def ready(self) -> None:
+        if self.settings.model == "absent":  # pyright: ignore[reportAttributeAccessIssue]
+            raise SctoolError("seg needs weights: --cond seg:model=PATH")
+
+
+def test_class_maps_are_kept_beside_hints_and_judged_by_the_evaluator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sctool.core.data.hints import render
+    from sctool.core.sample import Request, write_samples
+
+    monkeypatch.setitem(ANNOTATORS, "seg", Ids)
+    monkeypatch.setattr(Ids, "batches", [])
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(4)]
+    drawn = []
+    for index, picture in enumerate(pictures):
+        ids = picture[..., 0] // 64
+        drawn.append((Request("p", index, {"seg": render("seg", ids, picture)}, maps={"seg": ids}), picture))
+    write_samples(tmp_path / "samples", iter(drawn), {})
+    results = evaluate(tmp_path / "samples", Options(metrics=("iou",), quiet=True))
+    assert results.value("samples", "seg.miou") == 1
+    assert results.value("samples", "seg.classes") == 4
+    figure = results.columns[0].get("seg.miou")
+    assert figure is not None
+    assert figure.protocol["annotator"]["model"] == "mask2former"  # not what made the hints
+    assert Ids.batches == [4]  # one call a batch
+    with pytest.raises(SctoolError, match="--evaluator seg:model=PATH"):
+        evaluate(tmp_path / "samples", Options(metrics=("iou",), evaluators=("seg:model=absent",), quiet=True))
+    with pytest.raises(SctoolError, match="no edge hints: its hints are seg"):
+        evaluate(tmp_path / "samples", Options(metrics=("nmse",), quiet=True))
+    file = tmp_path / "samples" / "metadata.jsonl"
+    file.write_text(
+        "".join(json.dumps({**json.loads(row), "maps": {}}) + "\n" for row in file.read_text().splitlines())
+    )
+    with pytest.raises(SctoolError, match="keeps no class maps"):
+        evaluate(tmp_path / "samples", Options(metrics=("control",), quiet=True))
+    with pytest.raises(UsageError, match="Did you mean 'seg'"):
+        evaluate(tmp_path / "samples", Options(metrics=("control",), evaluators=("segg",), quiet=True))
 
 
 def test_a_bad_picture_is_listed_and_left_out_of_both(tmp_path: Path) -> None:
@@ -94,6 +187,17 @@ def test_a_bad_picture_is_listed_and_left_out_of_both(tmp_path: Path) -> None:
     # one hint less on one side: another protocol, so a row of its own
     assert sum(first.key == "canny.nmse" for first, _ in results.rows()) == 2
     assert "canny/1.png" in markdown(results)
+
+
+def test_too_few_pictures_for_one_metric_leave_the_others(tmp_path: Path) -> None:
+    samples = make_samples(tmp_path / "samples", count=2)
+    results = evaluate(samples, Options(quiet=True))
+    keys = {figure.key for figure in results.columns[0].figures}
+    assert {"fd_means", "kid_means", "canny.f1"} < keys
+    assert "precision_means" not in keys
+    assert any("--pr left out: precision and recall need more than 3" in note for note in results.notes)
+    with pytest.raises(SctoolError, match="more than 3 pictures"):
+        evaluate(samples, Options(metrics=("pr",), quiet=True))
 
 
 def test_figures_of_different_protocols_do_not_meet() -> None:
@@ -119,6 +223,9 @@ def test_reference_folders_and_statistics(tmp_path: Path) -> None:
         (bare / f"{i}.png").write_bytes((samples / f"{i}.png").read_bytes())
     alone = evaluate(bare, Options(reference=str(real), **options))
     assert alone.value("bare", "fd_means") == pytest.approx(folder.value("samples", "fd_means"))
+    for metric in ("kid", "pr", "cmmd"):
+        with pytest.raises(SctoolError, match="only their mean and covariance"):
+            evaluate(samples, Options(reference=str(stats), metrics=(metric,), quiet=True))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
     for reference, word in ((tmp_path / "wide.npz", "5 dimensions"), (tmp_path / "gone", "no such folder")):
         with pytest.raises(UsageError, match=word):
@@ -141,6 +248,11 @@ def test_messages(tmp_path: Path) -> None:
         (samples, Options(metrics=("clip",), quiet=True), "no CLIP here"),
         (samples, Options(metrics=("profile",), quiet=True), "is no run folder"),
         (samples, Options(count=5, quiet=True), "is no run"),
+        (samples, Options(metrics=("is",), quiet=True), "no Inception here"),
+        (samples, Options(metrics=("cmmd",), quiet=True), "no CLIP here"),
+        (samples, Options(metrics=("iou",), quiet=True), "no hints"),
+        (samples, Options(metrics=("fid",), weights=("a.pth", "inception=b.pth"), quiet=True), "twice"),
+        (samples, Options(metrics=("fid",), features="dino", quiet=True), "Did you mean 'dinov2'"),
     ]
     for target, options, message in cases:
         with pytest.raises(SctoolError, match=message):
@@ -222,6 +334,20 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = json.loads(capsys.readouterr().out)
     assert out["folders"]["samples"]["figures"]["canny.nmse"]["value"] == 0
     assert (samples / "evaluation.md").is_file()
+    flags = ["--kid", "--pr", "--control", "--weights", "a.pth", "--evaluator", "canny:low=50", "--quiet", "--json"]
+    assert command(["evaluate", str(samples), *flags]) == 0
+    out = json.loads(capsys.readouterr().out)
+    keys = {
+        "kid_means",
+        "precision_means",
+        "recall_means",
+        "canny.nmse",
+        "canny.nmse_median",
+        "canny.f1",
+        "canny.f1@1px",
+    }
+    assert out["folders"]["samples"]["figures"].keys() == keys
+    assert any(protocol.get("annotator", {}).get("low") == 50 for protocol in out["protocols"].values())
     assert command(["evaluate", str(samples), "--nmse", "--out", str(tmp_path / "out")]) == 0
     assert "evaluation.json" in capsys.readouterr().out
     assert (tmp_path / "out" / "evaluation.json").is_file()
