@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,10 +121,32 @@ def rendered(cond: str, made: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 def encode_png(made: np.ndarray, *, bilevel: bool = False) -> bytes:
     """A uint8 map, (H, W) or (H, W, 3) RGB, as a PNG file; 1 bit a pixel for maps of 0 and 255."""
-    flags = [cv2.IMWRITE_PNG_BILEVEL, 1] if bilevel else []
-    ok, buffer = cv2.imencode(".png", made if made.ndim == 2 else made[:, :, ::-1], flags)
+    if bilevel:
+        return _one_bit(made)
+    ok, buffer = cv2.imencode(".png", made if made.ndim == 2 else made[:, :, ::-1])
     assert ok, "OpenCV could not write a PNG"
     return buffer.tobytes()
+
+
+def _one_bit(made: np.ndarray) -> bytes:
+    """A 1-bit grey PNG, rows unfiltered, runs of equal bytes coded.
+
+    For edges and masks this is smaller and three times as fast as what libpng chooses for all pictures alike.
+    """
+    height, width = made.shape
+    packed = np.packbits(made, axis=1)
+    rows = np.zeros((height, packed.shape[1] + 1), np.uint8)  # each begins with the number of its filter, 0
+    rows[:, 1:] = packed
+    coder = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)),
+        (b"IDAT", coder.compress(rows) + coder.flush()),
+        (b"IEND", b""),
+    )
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def _rewritten(data: bytes, pixels: np.ndarray, resized: bool) -> bytes | None:

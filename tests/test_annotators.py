@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from skimage import data
 
 from sctool.annotators import ANNOTATORS, annotator, parse_conditions
 from sctool.annotators.color import enlarge
+from sctool.annotators.maps import encode_png
 from sctool.annotators.mask import PRESETS
 from sctool.core.data.hints import is_categorical, needs_image, render
 from sctool.core.data.palette import ADE20K
@@ -205,3 +208,16 @@ def test_wrong_conditions_are_named(spec, words):
     with pytest.raises(UsageError) as caught:
         parse_conditions([spec])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (8, 8), (5, 17), (64, 33), (200, 513)])
+def test_one_bit_maps_are_read_back_by_every_reader(shape):
+    rng = np.random.default_rng(0)
+    for made in (rng.integers(0, 2, shape, dtype=np.uint8) * np.uint8(255), np.zeros(shape, np.uint8)):
+        content = encode_png(made, bilevel=True)
+        assert np.array_equal(cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE), made)
+        with Image.open(io.BytesIO(content)) as image:
+            assert image.mode == "1"
+            assert np.array_equal(np.array(image.convert("L")), made)
+        with Image.open(io.BytesIO(content)) as image:
+            image.verify()  # the checksums
