@@ -30,8 +30,8 @@ demo: .venv/ready ## photographs -> edges -> a controlled model -> pictures and 
 	$(SC) annotate photos --cond canny --size crop:mini --out work/demo/data --quiet
 	$(SC) annotate core/assets/drawings --cond canny --size crop:mini --out work/demo/drawings --quiet
 	$(SC) train --preset demo --name demo --data work/demo/data --val-data work/demo/drawings --out work/demo/runs
-	$(SC) evaluate --runs work/demo/runs --steps 25 --nmse --clip
-	@echo "Look at work/demo/runs/$$(cat work/demo/runs/latest)/samples/sheet.png"
+	$(SC) evaluate --runs work/demo/runs --steps 25 --nmse --clip --report work/demo
+	@echo "Look at work/demo/runs/$$(cat work/demo/runs/latest)/samples/sheet.png and work/demo/report.html"
 
 test: .venv/ready ## the tests, the README's commands among them
 	$(BIN)/python -m pytest
