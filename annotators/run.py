@@ -87,10 +87,12 @@ def annotate(
         "errors": str(listed) if listed else None,
         "whole": whole,
     }
-    if not images and failed:
-        with open(out / "errors.jsonl" if listed is None else listed) as lines:
+    if not images and listed:
+        with open(listed, encoding="utf-8") as lines:
             first = json.loads(next(lines))
         raise SctoolError(f"no picture could be annotated; first: {first['where']}: {first['reason']} (see {listed}).")
+    if not images and jobs:
+        raise UsageError(f"'{config.src}' holds no picture among the members of its shards.")
     if failed and config.strict:
         raise SctoolError(
             f"{failed} of {failed + images} pictures could not be read (--strict); they are listed in "

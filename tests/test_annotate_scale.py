@@ -226,3 +226,13 @@ def test_workers_share_the_gpus(monkeypatch):
         assert run._workers(None, 9, (Heavy(),)) == workers  # type: ignore[arg-type]
     assert run._workers(None, 9, ()) == 1
     assert run._workers(5, 9, (Heavy(),)) == 5  # type: ignore[arg-type]
+
+
+def test_shards_without_pictures_are_one_clear_message(tmp_path):
+    (tmp_path / "src").mkdir()
+    with tarfile.open(tmp_path / "src/00000.tar", "w") as tar:
+        info = tarfile.TarInfo("a.txt")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"text"))
+    with pytest.raises(UsageError, match="holds no picture"):
+        go(tmp_path / "src", tmp_path / "out")
