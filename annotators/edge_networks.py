@@ -199,8 +199,8 @@ def load_edges(path: Path) -> Hed | PiDiNet:
         network.load_state_dict(_fold(state) if isinstance(network, PiDiNet) else state)
     except Exception as error:  # torch, pickle and safetensors each have their own kinds for a bad file
         raise SctoolError(
-            f"{path} holds neither HED (ControlNetHED.pth) nor PiDiNet (table5_pidinet.pth) as tensors "
-            f"({str(error).strip().splitlines()[0]})."
+            f"{path} holds neither HED (ControlNetHED.pth) nor PiDiNet (table5_pidinet.pth) as plain tensors, or is "
+            f"damaged ({type(error).__name__}); what came from the hub is checked by: sctool weights verify"
         ) from error
     return network.eval().requires_grad_(False)
 

@@ -239,7 +239,7 @@ def _load_transformer(
         raise
     except Exception as error:  # the files' readers and the network's classes each have their own kinds
         raise SctoolError(
-            f"{what}: {folder} cannot be loaded ({str(error).strip().splitlines()[0]}). "
-            "Look for damaged files with: sctool weights verify"
+            f"{what}: {folder} cannot be loaded ({str(error).strip().splitlines()[0]}). It is damaged or no folder "
+            "in transformers' format; what came from the hub is checked by: sctool weights verify"
         ) from error
     return Transformer(network.eval().requires_grad_(False).to(device()), processor, folder)

@@ -10,6 +10,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -184,7 +185,7 @@ class _Pool:
             while busy := {worker.pipe: worker for worker in self.workers if worker.job is not None}:
                 for pipe in wait(list(busy), timeout=0.1):
                     assert isinstance(pipe, Connection)
-                    self._take(busy[pipe])
+                    self._take(busy[pipe], name)
                 self.progress(self.done.value)
                 if self.asked.signal:
                     raise Stopped
@@ -204,12 +205,14 @@ class _Pool:
             with suppress(OSError):  # it died while idle; `_take` finds its pipe at an end
                 worker.pipe.send((self.function, self.jobs[worker.job]))
 
-    def _take(self, worker: _Worker) -> None:
+    def _take(self, worker: _Worker, name: Callable[[Any], str]) -> None:
         """What a worker answers, or its death."""
         assert worker.job is not None
         try:
             kind, result = worker.pipe.recv()
         except (EOFError, OSError):
+            assert worker.job is not None
+            print(f"a worker process died at {name(self.jobs[worker.job])}", file=sys.stderr)
             self._bury(worker)
             return
         if kind == "stopped":

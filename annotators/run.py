@@ -60,16 +60,20 @@ def annotate(
     part = Part.parse(config.shards)
     source, shards = open_shards(config.src) or (_open(config.src, paths), [])
     out = _output(config, source)
-    settings = _claim(out, config, annotators, source)
-    base = Job("", out, config.layout == "merged", annotators, size, config.render, settings)
-    units = _shard_jobs(base, shards, config.limit) if shards else _jobs(base, source, config.limit)
-    if not units and not source.faults:
+    if not shards and not source.records and not source.faults:
         raise UsageError(f"'{config.src}' holds no picture.")
-    jobs = units[part.number - 1 :: part.of] if part else units
 
     with _alone(out, shared=part is not None):
-        skipped, counts = _run(jobs, config, annotators, progress)
+        settings = _claim(out, config, annotators, source)
+        base = Job("", out, config.layout == "merged", annotators, size, config.render, settings)
+        units = _shard_jobs(base, shards, config.limit) if shards else _jobs(base, source, config.limit)
+        jobs = units[part.number - 1 :: part.of] if part else units
+        if config.limit is not None:
+            _refuse_to_shrink(out, units)
+        skipped, counts, before = _run(jobs, config, annotators, progress)
         whole = part is None or all(finished(job) for job in units)
+        if whole:
+            _drop_stale(out, units, before)
         listed = _finish(out, units if whole else jobs, source.faults, part if not whole else None)
 
     seconds = time.monotonic() - begun
@@ -113,7 +117,7 @@ class Part:
         """Reads the flag; None for none. Raises `UsageError`."""
         if text is None:
             return None
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             raise UsageError(
                 f"--shards '{text}' is no part. Write K/N with K from 1 to N, e.g. 3/16 for the third of 16."
@@ -128,12 +132,16 @@ class Part:
 
 def _run(
     jobs: list[Job], config: AnnotateConfig, annotators: tuple[Annotator, ...], progress: Progress | None
-) -> tuple[int, list[dict[str, int]]]:
-    """Does the units that are not finished; gives the number of pictures found finished, and all units' counts."""
+) -> tuple[int, list[dict[str, int]], set[str]]:
+    """Does the units that are not finished.
+
+    Gives the number of pictures found finished, all units' counts, and the files that units done again had before.
+    """
     counts = [_counts(finished(job)) for job in jobs]
     todo = [i for i, count in enumerate(counts) if count is None]
     skipped = sum(count["images"] + count["failed"] for count in counts if count)
     kept = sum(count["images"] for count in counts if count)
+    before = {name for i in todo for name in _marker(jobs[i]).get("files", ())}
     fresh = _expected([jobs[i] for i in todo])
 
     def tell(done: int) -> None:
@@ -152,7 +160,8 @@ def _run(
         made = run_jobs(annotate_unit, chosen, workers, tell, resume, lambda job: job.unit)
     for i, count in zip(todo, made, strict=True):
         counts[i] = count
-    return kept, [count for count in counts if count is not None]
+    tell(sum(count["images"] + count["failed"] for count in made))  # a unit done twice was counted twice
+    return kept, [count for count in counts if count is not None], before
 
 
 def _counts(marker: dict[str, Any] | None) -> dict[str, int] | None:
@@ -277,7 +286,7 @@ def _output(config: AnnotateConfig, source: Source) -> Path:
 def _claim(out: Path, config: AnnotateConfig, annotators: tuple[Annotator, ...], source: Source) -> str:
     """Settings of a written set, saved in it; gives their hash. Two runs' maps are never mixed.
 
-    Raises `UsageError` when the folder holds something else or was made with other settings.
+    Raises `UsageError` when the folder was made with other settings; one in which nothing is finished yet is free.
     """
     settings = {
         "source": config.src if config.src in ("-", "photos") else str(Path(config.src).resolve()),
@@ -294,26 +303,48 @@ def _claim(out: Path, config: AnnotateConfig, annotators: tuple[Annotator, ...],
         previous = json.loads(path.read_text())
     except (OSError, ValueError):
         previous = None
-    if previous is None:
-        if out.exists() and (not out.is_dir() or any(child.name != HIDDEN for child in out.iterdir())):
-            raise UsageError(f"--out '{out}' holds other files. Choose an empty or new folder.")
+    begun = any(child.name != HIDDEN for child in out.iterdir()) or any((out / HIDDEN).glob("part-*.json"))
+    if previous is None or (previous != settings and not begun):
         write_json(path, settings)
     elif previous != settings:
-        key = next(key for key in settings if previous.get(key) != settings[key])
+        what, then, now = _difference(previous, settings)
         raise UsageError(
-            f"--out '{out}' was made with {key} = {json.dumps(previous.get(key))}, now it is "
-            f"{json.dumps(settings[key])}. Choose another --out, or remove it: rm -r {shlex.quote(str(out))}"
+            f"--out '{out}' was made with {what} = {then}, now it is {now}. Choose another --out, or remove it: "
+            f"rm -r {shlex.quote(str(out))}"
         )
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(previous: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str, str]:
+    """The first setting that differs: its name, what it was, and what it is."""
+    key = next(key for key in settings if previous.get(key) != settings[key])
+    then, now = previous.get(key), settings[key]
+    if key == "conditions" and isinstance(then, list):
+        names = [", ".join(str(each.get("name")) for each in side) for side in (then, now)]
+        if names[0] != names[1]:
+            return key, *names
+        old, new = next(pair for pair in zip(then, now, strict=True) if pair[0] != pair[1])
+        inner = next(k for k in new if old.get(k) != new[k])
+        return f"{new['name']} {inner}", json.dumps(old.get(inner)), json.dumps(new[inner])
+    return key, json.dumps(then), json.dumps(now)
 
 
 @contextmanager
 def _alone(out: Path, shared: bool) -> Iterator[None]:
     """Holds the written set for this run, or `shared` with other parts of it.
 
-    Alone, it removes what killed runs, and workers that died in this one, left half-written.
+    Alone, it removes what killed runs, and workers that died in this one, left half-written. Raises `UsageError` for
+    a folder that holds something else, or that another run holds.
     """
-    with open(out / HIDDEN / "lock", "w") as lock:
+    mine = out / HIDDEN / "settings.json"
+    if out.exists() and not mine.is_file() and (not out.is_dir() or any(c.name != HIDDEN for c in out.iterdir())):
+        raise UsageError(f"--out '{out}' holds other files. Choose an empty or new folder.")
+    try:
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(out / HIDDEN / "lock", "w")  # noqa: SIM115 - held below
+    except OSError as error:
+        raise SctoolError(f"--out '{out}' cannot be written: {error.strerror}. Choose another folder.") from error
+    with lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
@@ -327,6 +358,36 @@ def _alone(out: Path, shared: bool) -> Iterator[None]:
         finally:
             if not shared:
                 _sweep(out)
+
+
+def _refuse_to_shrink(out: Path, units: list[Job]) -> None:
+    """Raises `UsageError` where a limit would leave out what is finished already: that may be hours of work."""
+    larger = any(
+        _marker(job).get("images", 0) > (len(job.records) if job.limit is None else job.limit) for job in units
+    )
+    if larger or _strays(out, units):
+        raise UsageError(f"--out '{out}' holds more pictures than --limit. Choose another --out for a trial.")
+
+
+def _strays(out: Path, units: list[Job]) -> list[Path]:
+    """Markers of units that the source does not have any more."""
+    own = {job.marker for job in units}
+    found = out.rglob("*_stats.json") if units and units[0].shard else (out / HIDDEN).glob("part-*.json")
+    return [marker for marker in found if marker not in own]
+
+
+def _drop_stale(out: Path, units: list[Job], before: set[str]) -> None:
+    """Removes files of pictures that the source does not have any more, so that the set is what the lists say.
+
+    before: files that the units which were done again had written before.
+    """
+    strays = _strays(out, units)
+    old = before | {name for marker in strays for name in _read(marker).get("files", ())}
+    if old:
+        for name in old - {name for job in units for name in _marker(job)["files"]}:
+            (out / name).unlink(missing_ok=True)
+    for marker in strays:
+        marker.unlink(missing_ok=True)
 
 
 def _sweep(out: Path) -> None:
@@ -360,7 +421,16 @@ def _finish(out: Path, jobs: list[Job], faults: list[Fault], part: Part | None) 
 
 
 def _marker(job: Job) -> dict[str, Any]:
-    return json.loads(job.marker.read_text())
+    """What the unit's marker says, true or not; {} where there is none."""
+    return _read(job.marker)
+
+
+def _read(marker: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(marker.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _rows(jobs: list[Job]) -> Iterator[dict[str, Any]]:

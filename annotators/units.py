@@ -183,10 +183,13 @@ def _batches(
     """The unit's pictures in batches of `BATCH` or about `PIXELS`; the unit alone decides which go together."""
     batch: list[Ready] = []
     pixels = 0
+    carried = sorted({cond for record, _ in listed for cond in record.maps} - {a.name for a in job.annotators} - {ANY})
+    if not job.merged or job.size.kind != "none":  # the maps alone, or maps that do not fit the new size
+        carried = []
     for record, name in listed:
         try:
             opened = read(record.image.read(), record.key, job.size)
-            batch.append((record, name, opened, _carried(job, record)))
+            batch.append((record, name, opened, _carried(job, record, carried, errors)))
         except (BadImage, OSError) as error:
             errors.append({"where": record.image.name, "reason": str(error)})
             beat()
@@ -199,12 +202,21 @@ def _batches(
         yield batch
 
 
-def _carried(job: Job, record: Record) -> dict[str, bytes]:
-    """Files of the maps that the set has already and that still fit its pictures. Raises `OSError`."""
-    if not job.merged or job.size.kind != "none":
-        return {}
-    new = {annotator.name for annotator in job.annotators} | {ANY}
-    return {cond: blob.read() for cond, blob in sorted(record.maps.items()) if cond not in new}
+def _carried(job: Job, record: Record, conds: list[str], errors: list[dict[str, str]]) -> dict[str, bytes]:
+    """Files of the maps that the set has already; one that is missing in a shard or cannot be read is listed."""
+    found = {}
+    for cond in conds:
+        blob = record.maps.get(cond)
+        try:
+            if blob is not None:
+                found[cond] = blob.read()
+            elif job.shard:  # where readers want every field in every sample
+                errors.append(
+                    {"where": record.image.name, "reason": f"has no {cond} map, which others of its shard have"}
+                )
+        except OSError as error:
+            errors.append({"where": blob.name if blob else cond, "reason": f"the {cond} map is left out: {error}"})
+    return found
 
 
 class Writer(Protocol):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,19 @@ def replacing(path: str | Path, flush: bool = True) -> Iterator[Path]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise SctoolError(
-            f"cannot write {path}: {error.strerror or error}. Nothing was half-written; "
-            "free some space or choose another folder, then run the same command again."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)  # also: renaming onto a link to the same file leaves both
+        with suppress(OSError):
+            temporary.unlink()  # also: renaming onto a link to the same file leaves both
+
+
+def _unwritable(path: Path, error: OSError) -> SctoolError:
+    place = error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS)
+    remedy = "choose another place" if place else "free some space or choose another folder"
+    return SctoolError(
+        f"cannot write {path}: {error.strerror or error}. Nothing was half-written; {remedy}, then run the same "
+        "command again."
+    )
 
 
 def write_bytes(path: str | Path, data: bytes, flush: bool = True) -> None:
@@ -85,10 +93,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
-        raise SctoolError(
-            f"cannot write {path}: {error.strerror or error}. Nothing was half-written; "
-            "free some space or choose another folder, then run the same command again."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

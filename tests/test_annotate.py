@@ -297,7 +297,7 @@ def test_signals_end_with_a_word_on_how_to_resume(tmp_path, number, jobs, code):
 def test_other_settings_or_another_source_never_mix(tmp_path):
     src = folder_of(tmp_path / "src", 2)
     go(src, tmp_path / "out", ("canny",))
-    with pytest.raises(UsageError, match="was made with conditions"):
+    with pytest.raises(UsageError, match="was made with canny low = 100, now it is 50"):
         go(src, tmp_path / "out", ("canny:low=50",))
     with pytest.raises(UsageError, match="was made with source"):
         go(folder_of(tmp_path / "other", 2), tmp_path / "out", ("canny",))

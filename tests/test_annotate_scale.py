@@ -18,7 +18,7 @@ from skimage import data
 
 from sctool.annotators.run import annotate
 from sctool.core.config import AnnotateConfig
-from sctool.core.errors import UsageError
+from sctool.core.errors import SctoolError, UsageError
 
 PHOTO = data.coffee()
 COND = ("canny,color,mask",)
@@ -96,6 +96,7 @@ def test_a_killed_worker_costs_its_unit_and_not_the_run(tmp_path):
     _, said = process.communicate(timeout=120)
     assert killed, "no worker was found alive"
     assert process.returncode == 0, said
+    assert "a worker process died at 0000" in said
     assert tree(out) == tree(tmp_path / "whole")
 
 
@@ -236,3 +237,82 @@ def test_shards_without_pictures_are_one_clear_message(tmp_path):
         tar.addfile(info, io.BytesIO(b"text"))
     with pytest.raises(UsageError, match="holds no picture"):
         go(tmp_path / "src", tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["merged", "maps"])
+def test_what_the_source_lost_leaves_the_set(tmp_path, layout):
+    src = shards_of(tmp_path / "src", 3, 2)
+    go(src, tmp_path / "out", layout=layout)
+    (src / "00001.tar").unlink()
+    assert go(src, tmp_path / "out", layout=layout)["images"] == 4
+    assert not [p for p in (tmp_path / "out").rglob("*00001*")]
+    go(src, tmp_path / "fresh", layout=layout)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_what_a_folder_lost_leaves_the_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("sctool.annotators.run.CHUNK", 2)
+    (tmp_path / "src").mkdir()
+    for i in range(7):
+        Image.fromarray(PHOTO[i : i + 64, :64]).save(tmp_path / f"src/{i}.jpg")
+    go(tmp_path / "src", tmp_path / "out")
+    for i in (0, 3):
+        (tmp_path / f"src/{i}.jpg").unlink()
+    assert go(tmp_path / "src", tmp_path / "out")["images"] == 5
+    go(tmp_path / "src", tmp_path / "fresh")
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_a_limit_never_throws_finished_maps_away(tmp_path, kind):
+    src = tmp_path / "src"
+    if kind == "shards":
+        shards_of(src, 3, 2)
+    else:
+        src.mkdir()
+        for i in range(6):
+            Image.fromarray(PHOTO[i : i + 64, :64]).save(src / f"{i}.jpg")
+    assert go(src, tmp_path / "out", limit=3)["images"] == 3
+    assert go(src, tmp_path / "out")["images"] == 6
+    before = tree(tmp_path / "out")
+    with pytest.raises(UsageError, match="more pictures than --limit"):
+        go(src, tmp_path / "out", limit=3)
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_run_that_failed_before_any_map_leaves_the_folder_free(tmp_path):
+    src = shards_of(tmp_path / "src", 1, 2)
+    (tmp_path / "no.pth").write_bytes(b"no weights")
+    with pytest.raises(SctoolError, match="neither HED"):
+        annotate(AnnotateConfig(src=str(src), cond=(f"hed:model={tmp_path}/no.pth",), out=str(tmp_path / "out")))
+    assert go(src, tmp_path / "out")["images"] == 2
+    with pytest.raises(UsageError, match=r"conditions = canny, color, mask, now it is canny"):
+        annotate(AnnotateConfig(src=str(src), cond=("canny",), out=str(tmp_path / "out")))
+
+
+def test_a_damaged_map_beside_a_shard_costs_that_map_alone(tmp_path):
+    src = shards_of(tmp_path / "src", 1, 6)
+    annotate(AnnotateConfig(src=str(src), cond=("canny",), out=str(tmp_path / "maps"), layout="maps"))
+    whole = (tmp_path / "maps/conditions/canny/00000.tar").read_bytes()
+    (src / "conditions/canny").mkdir(parents=True)
+    (src / "conditions/canny/00000.tar").write_bytes(whole[:2700])
+    summary = annotate(AnnotateConfig(src=str(src), cond=("color",), out=str(tmp_path / "out")))
+    assert summary["images"] == 6
+    said = (tmp_path / "out/errors.jsonl").read_text()
+    with tarfile.open(tmp_path / "out/00000.tar") as tar:
+        names = set(tar.getnames())
+    keys = [f"00000{i:04d}" for i in range(6)]
+    assert all(f"{key}.color.png" in names for key in keys)
+    lost = [key for key in keys if f"{key}.canny.png" not in names]
+    assert 0 < len(lost) < 6
+    assert all(key in said for key in lost)
+    assert '"where": "canny/00000.tar' in said
+    assert '"where": "00000.tar"' not in said
+
+
+def test_a_file_in_the_way_is_one_clear_message(tmp_path):
+    src = shards_of(tmp_path / "src", 1, 1)
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file/out"):
+        with pytest.raises(SctoolError, match="Choose"):
+            go(src, out)

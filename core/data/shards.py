@@ -33,7 +33,7 @@ def read_shard(tar: str | Path) -> tuple[list[Record], list[Fault]]:
 
 def list_maps(tar: str | Path, cond: str) -> tuple[dict[str, Blob], list[Fault]]:
     """Maps by key from a sidecar tar with members `KEY.png` or `KEY.<cond>.png`."""
-    samples, faults = _members(str(tar))
+    samples, faults = _members(str(tar), f"{cond}/{Path(tar).name}")
     maps: dict[str, Blob] = {}
     for key, members in samples.items():
         for extension, value in members.items():
@@ -43,11 +43,11 @@ def list_maps(tar: str | Path, cond: str) -> tuple[dict[str, Blob], list[Fault]]
     return maps, faults
 
 
-def _members(tar: str) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
-    """{key: {extension: TarBlob of a picture | text of .txt and .json}} and faults."""
+def _members(tar: str, label: str | None = None) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
+    """{key: {extension: TarBlob of a picture | text of .txt and .json}} and faults, which call the tar `label`."""
     samples: dict[str, dict[str, Any]] = {}
     faults: list[Fault] = []
-    shard = Path(tar).name
+    shard = label or Path(tar).name
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
