@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,6 +77,7 @@ def fetch(
     names: Annotated[
         list[str], typer.Argument(metavar="NAME...", help="Names from the list, or conditions for their defaults.")
     ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Download weights into the Hugging Face cache; print where they lie and their SHA-256.
 
@@ -89,9 +90,15 @@ def fetch(
     from ..annotators.weights import fetch as run
     from ..annotators.weights import select
 
-    for row in select(names):
-        found = run(row)
-        print(f"{row.name}: {found.path}\n  sha256 {found.sha256}  licence {row.licence}")
+    fetched = {row.name: (run(row), row.licence) for row in select(names)}
+    if as_json:
+        rows = {
+            name: {"path": str(f.path), "sha256": f.sha256, "licence": known} for name, (f, known) in fetched.items()
+        }
+        print(json.dumps(rows))
+        return
+    for name, (found, known) in fetched.items():
+        print(f"{name}: {found.path}\n  sha256 {found.sha256}  licence {known}")
 
 
 @app.command()
@@ -99,13 +106,15 @@ def verify(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME...]", help="Names or conditions; all at hand by default.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Hash the weights on this machine again and name damaged files. Uses no network; exit code 1 for damage."""
     from ..annotators.weights import WEIGHTS, select
     from ..annotators.weights import verify as run
     from ..core.errors import SctoolError
 
-    damaged = []
+    damaged: list[str] = []
+    table: dict[str, dict[str, Any]] = {}
     for row in select(names) if names else WEIGHTS.values():
         checks = run(row)
         if not checks:
@@ -115,8 +124,16 @@ def verify(
         bad = [check.file for check in checks if check.sound is False]
         unknown = sum(check.sound is None for check in checks)
         damaged += [f"{row.name}: {file}" for file in bad]
-        untold = f", {unknown} without a known hash" if unknown else ""
-        print(f"{row.name}: {len(checks) - len(bad) - unknown} of {len(checks)} files sound{untold}")
+        table[row.name] = {"files": len(checks), "unknown": unknown, "damaged": [str(file) for file in bad]}
+    if as_json:
+        print(json.dumps(table))
+    else:
+        for name, found in table.items():
+            untold = f", {found['unknown']} without a known hash" if found["unknown"] else ""
+            sound = found["files"] - found["unknown"] - len(found["damaged"])
+            print(f"{name}: {sound} of {found['files']} files sound{untold}")
+        if not table:
+            print("no weights of the list are on this machine: sctool weights list")
     if damaged:
         raise SctoolError(
             f"damaged: {'; '.join(damaged)}. Delete these files (and what they link to) and fetch the weights again."

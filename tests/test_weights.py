@@ -188,6 +188,17 @@ def test_what_is_not_here_cannot_be_verified(capsys):
     assert run(["weights", "verify", "seg"]) == 1
     assert "'upernet' is not on this machine. Get it with: sctool weights fetch upernet" in capsys.readouterr().err
     assert run(["weights", "verify"]) == 0
+    assert "no weights of the list are on this machine" in capsys.readouterr().out
+
+
+def test_verify_as_json(cache, capsys):
+    file = depth(cache) / "model.safetensors"
+    hed(cache)
+    assert run(["weights", "verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["hed"] == {"files": 1, "unknown": 0, "damaged": []}
+    file.write_bytes(b"damaged")
+    assert run(["weights", "verify", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[default("depth").name]["damaged"] == [str(file)]
 
 
 # ------------------------------------------------------------------------------------------------ list and fetch
