@@ -38,7 +38,7 @@ class Depth(ModelAnnotator):
     @property
     def network(self) -> Transformer:
         """The depth network, loaded once a process."""
-        what = f"--cond depth:model={self.weights.name}"
+        what = f"--cond depth:model={self.network_settings.model}"
         return load_transformer(what, self.weights, self.dtype, ARCHITECTURES)
 
     def maps(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, Params]]:

@@ -86,7 +86,7 @@ class Pose(ModelAnnotator):
 
     def boxes(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """Of each picture float32 (n, 5): corners x0, y0, x1, y1 inside the picture, and score."""
-        what = f"--cond pose:detector={self.detector.name}"
+        what = f"--cond pose:detector={self._settings.detector}"
         network = load_transformer(what, self.detector, self.dtype, ("RTDetrForObjectDetection",))
         names = {name: i for i, name in network.config.id2label.items()}
         person = names.get("person", 0)
@@ -109,7 +109,7 @@ class Pose(ModelAnnotator):
         """float32 (17, 3), x, y and score, of each (picture's index, box). Raises `UsageError` for other joints."""
         import torch
 
-        what = f"--cond pose:model={self.weights.name}"
+        what = f"--cond pose:model={self.network_settings.model}"
         network = load_transformer(what, self.weights, self.dtype, ("VitPoseForPoseEstimation",))
         if not whose:  # the library's processor fails where no picture has a person
             return []

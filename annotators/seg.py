@@ -41,7 +41,7 @@ class Seg(ModelAnnotator):
     @property
     def network(self) -> Transformer:
         """The segmentation network, loaded once a process. Raises `UsageError` for more classes than a byte holds."""
-        what = f"--cond seg:model={self.weights.name}"
+        what = f"--cond seg:model={self.network_settings.model}"
         # OneFormer's processor would look for class names on the hub, which only its training needs.
         named = {"class_info_file": None} if _is_oneformer(self.weights.path) else {}
         network = load_transformer(what, self.weights, self.dtype, ARCHITECTURES, **named)

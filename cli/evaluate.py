@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import UsageError
-
 
 def evaluate(
     target: Annotated[
@@ -104,8 +102,6 @@ def evaluate(
     """
     chosen = {"fid": fid, "kid": kid, "is": inception_score, "pr": pr, "cmmd": cmmd, "clip": clip}
     chosen |= {"control": control, "nmse": nmse, "iou": iou, "profile": profile}
-    if save_stats and not (fid or not any(chosen.values())):
-        raise UsageError("--save-stats keeps the statistics of --fid; add --fid.")
     sampling: dict[str, Any] = {"guidance": guidance, "steps": steps}
     drawn = any(value is not None for value in sampling.values())
 

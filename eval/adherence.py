@@ -48,7 +48,8 @@ class Adherence:
         """`applies`: the metrics that are to be computed, of `options.CONTROL` among them; else nothing is measured.
 
         Weights that are missing are an error for --nmse and --iou, and for --control where nothing else is left;
-        otherwise `note` is told. Raises `UsageError` for an evaluator of an unknown condition.
+        otherwise `note` is told. An evaluator that was given must work: it is an error where it cannot be had, or where
+        its condition is not measured. Raises `UsageError` for an evaluator of an unknown condition.
         """
         self.target, self.note, self.made = target, note, _made(target)
         self.rows = [row for folder in target.folders for row in folder.rows]
@@ -61,11 +62,18 @@ class Adherence:
         wanted = scores().keys() if "control" in applies else named
         self.judges: dict[str, Annotator] = {}
         missing: list[SctoolError] = []
-        for cond in sorted(wanted & {cond for row in self.rows for cond in row.get("hints") or {}}):
+        measured = sorted(wanted & {cond for row in self.rows for cond in row.get("hints") or {}})
+        for name in given:
+            if name not in measured:
+                raise UsageError(
+                    f"--evaluator {name} does nothing here: of {target.path}, {', '.join(measured) or 'no condition'} "
+                    "is measured. Leave it out, or add --control."
+                )
+        for cond in measured:
             try:
                 self.judges[cond] = self._judge(scores()[cond](self.made.get(cond), given.get(cond)))
             except SctoolError as error:
-                if cond in strict or isinstance(error, UsageError):
+                if cond in strict or cond in given or isinstance(error, UsageError):
                     raise
                 missing.append(error)
                 note(f"{cond} adherence left out: {error}")
@@ -122,13 +130,17 @@ class Adherence:
         for cond, meter in meters.items():
             for told in meter.notes():
                 self.note(told)
+            compared = [name for row in rows if (name := _file(meter, row))]
+            fault = next((fault for fault in column.faults if fault["file"] in compared), None)
+            if fault and not meter.n + meter.skipped:
+                self.note(f"{cond}: nothing could be compared; the first: {fault['file']} {fault['reason']}.")
+                continue
             try:
                 values = meter.compute()
             except SctoolError as error:
                 self.note(str(error))
                 continue
             column.extract[cond] = meter.drawn
-            compared = [name for row in rows if (name := _file(meter, row))]
             protocol = {
                 "metric": f"{cond} adherence",
                 **meter.protocol,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..core.errors import SctoolError, UsageError, unknown
 from .clip_models import ClipModel, MiniClip, OpenClip, TransformersClip, mini_at_hand
-from .inception import is_offline
+from .inception import is_offline, offline_reason
 
 DEFAULT_TAG = "openai"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -60,7 +60,7 @@ def find_weights(
             return Path(cached), quick
     if local_only:
         return None
-    reason = "the network is not to be used (--offline)"
+    reason = offline_reason(offline)
     if repository and not is_offline(offline):
         for name in WEIGHT_FILES:
             try:

@@ -24,7 +24,8 @@ FILE = "evaluation.json"
 
 class _Number(BaseModel):
     name: str
-    value: float
+    value: float | None
+    """None for what was no number."""
     better: Literal["lower", "higher", ""]
     interval: tuple[float, float] | None = None
     protocol: str
@@ -172,6 +173,7 @@ def _figures(folder: _Folder, protocols: Mapping[str, dict[str, Any]]) -> dict[s
     return {
         key: Figure(key, f.name, f.value, f.better, protocols[f.protocol], f.interval)
         for key, f in folder.figures.items()
+        if f.value is not None
     }
 
 

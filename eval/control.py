@@ -8,7 +8,8 @@ by another network, so that no picture is rewarded for the annotator's own mista
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import cv2
@@ -59,10 +60,8 @@ class ControlScore(PictureFigures):
 
     def ready(self) -> None:
         """Raises `SctoolError`, naming the remedy, when what extracts needs weights that are not at hand."""
-        try:
+        with as_evaluator():
             self.annotator.ready()
-        except SctoolError as error:
-            raise type(error)(str(error).replace("--cond ", "--evaluator ")) from error
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -91,8 +90,10 @@ class ControlScore(PictureFigures):
         for picture, there in zip(pictures, wanted, strict=True):
             self.fits(picture, there)
         keys = keys or [""] * len(pictures)
-        found = self.extract([np.ascontiguousarray(picture) for picture in pictures], keys)
-        for index, (map, there) in enumerate(zip(found, self.targets(wanted, keys), strict=True)):
+        with as_evaluator():
+            found = self.extract([np.ascontiguousarray(picture) for picture in pictures], keys)
+            targets = self.targets(wanted, keys)
+        for index, (map, there) in enumerate(zip(found, targets, strict=True)):
             self.update_maps(map, there, None if positions is None else positions[index])
 
     def extract(self, pictures: list[np.ndarray], keys: Sequence[str]) -> list[Any]:
@@ -129,6 +130,15 @@ class ControlScore(PictureFigures):
     def notes(self) -> list[str]:
         """What the reader of the figures should know."""
         return [f"{self.cond}: {self.skipped} pictures with an empty hint were skipped."] if self.skipped else []
+
+
+@contextmanager
+def as_evaluator() -> Iterator[None]:
+    """Errors of annotators name the flag that the user of `evaluate` has."""
+    try:
+        yield
+    except SctoolError as error:
+        raise type(error)(str(error).replace("--cond ", "--evaluator ")) from error
 
 
 def grey(hint: np.ndarray) -> np.ndarray:

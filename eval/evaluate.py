@@ -15,7 +15,8 @@ from .clip_score import ClipScore
 from .clip_weights import choose_clip
 from .conditions import EDGES, SEGMENTATION, scores
 from .features import Extractor
-from .heldout import best_device, sample_heldout
+from .flags import check_flags
+from .heldout import best_device, held_out, sample_heldout
 from .intervals import BOOTSTRAP
 from .metrics import Stream, streams
 from .options import SETS, Options
@@ -32,6 +33,7 @@ def evaluate(target: str | Path | None = None, options: Options | None = None, *
     Raises `UsageError` and `SctoolError` for what is missing; pictures that cannot be read are listed in the result.
     """
     options = options or Options()
+    check_flags(options)
     progress = Progress(options.quiet)
     found = resolve(target, runs, bare=not options.needs_metadata)
     found = _with_samples(found, options, progress)
@@ -75,7 +77,7 @@ def _why_draw(target: Target, options: Options) -> str | None:
         return f"{run.name} has no held-out samples"
     if (run.samples / "tuned" / "metadata.jsonl").stat().st_mtime < run.tuner.stat().st_mtime:
         return "the tuner is newer than its samples"
-    if options.count is not None and min(len(folder.rows) for folder in folders) < options.count:
+    if options.count is not None and _fewest(target) < min(options.count, held_out(run) or options.count):
         return f"{run.name} has fewer than {options.count} held-out samples"
     if options.seed is not None and any(folder.rows[0].get("seed") != options.seed for folder in folders):
         return f"the samples have other seeds than {options.seed}"
@@ -83,6 +85,11 @@ def _why_draw(target: Target, options: Options) -> str | None:
         if any(folder.sampling.get(name) != getattr(wanted, name) for folder in folders):
             return f"the samples have another {name} than {getattr(wanted, name)}"
     return None
+
+
+def _fewest(target: Target) -> int:
+    """Pictures of the smallest folder."""
+    return min(len(folder.rows) for folder in target.folders)
 
 
 class _Evaluation:
@@ -104,6 +111,8 @@ class _Evaluation:
         """All figures."""
         options, columns = self.options, []
         if options.metrics != ("profile",):
+            if options.count is not None and _fewest(self.target) < options.count:
+                self.note(f"--count {options.count}: the run's data hold out only {_fewest(self.target)} pictures.")
             applies = self._applies()
             read = streams(applies & set(SETS), options, self.base, self.device, self._attempt, self.note, self._real)
             clip = self._attempt(["clip"], self._clip) if "clip" in applies else None
@@ -130,25 +139,29 @@ class _Evaluation:
         """The picture metrics that can be computed; one asked for by name that cannot be is an error."""
         rows = [row for folder in self.target.folders for row in folder.rows]
         conds = {cond for row in rows for cond in row.get("hints") or {}}
-        own = all(row.get("reference") for row in rows)
+        bare = [row for row in rows if not row.get("reference")]
+        mute = [row for row in rows if not row.get("prompt")]
+        own = not bare
+        missing = _lacks(bare, rows, "reference", "has no reference pictures")
+        reals = f"{missing}. Give the real ones with --reference FOLDER"
         given = self.options.reference
         pictures = own if given is None else not Path(given).expanduser().is_file()
         needs_pictures = (
             f"compares pictures with pictures, and --reference {given} holds only their mean and covariance. "
             "Give their folder."
             if given is not None
-            else "has no reference pictures. Give the real ones with --reference FOLDER."
+            else f"{reals}."
         )
         none = f"has no hints to compare with; they are drawn by a run trained with --cond {','.join(scores())}."
         others = f"its hints are {', '.join(sorted(conds)) or 'none'}; --control measures all that it has."
         possible = {
-            "fid": (
-                given is not None or own,
-                "has no reference pictures. Give the real ones with --reference FOLDER or a statistics file.",
-            ),
+            "fid": (given is not None or own, f"{reals} or a statistics file."),
             "is": (True, ""),
             **dict.fromkeys(("kid", "pr", "cmmd"), (pictures, needs_pictures)),
-            "clip": (all(row.get("prompt") for row in rows), "has pictures without a prompt in metadata.jsonl."),
+            "clip": (
+                not mute,
+                f"{_lacks(mute, rows, 'prompt', 'has no prompts')}. They stand in metadata.jsonl, one a picture.",
+            ),
             "control": (bool(conds & scores().keys()), none),
             "nmse": (bool(conds & set(EDGES)), f"has no edge hints: {others}" if conds else none),
             "iou": (bool(conds & set(SEGMENTATION)), f"has no seg hints: {others}" if conds else none),
@@ -252,6 +265,13 @@ class _Evaluation:
 
         self.progress.note("timing base and tuned model")
         return profile(run, offline=self.options.offline, device=self.device)
+
+
+def _lacks(without: Sequence[Any], rows: Sequence[Any], what: str, whole: str) -> str:
+    """`whole` where all rows are `without`; else how many of them have no `what`."""
+    if len(without) == len(rows):
+        return whole
+    return f"is incomplete: {len(without)} of {len(rows)} rows {'has' if len(without) == 1 else 'have'} no {what}"
 
 
 def _picture(row: Mapping[str, Any]) -> Picture:

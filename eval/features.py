@@ -18,12 +18,16 @@ from ..core.errors import SctoolError, UsageError, unknown
 from ..core.files import sha256
 from .clip_models import MiniClip, OpenClip, TransformersClip, mini_at_hand, prepared
 from .clip_weights import Purpose, choose_clip
-from .inception import INCEPTION_URL, InceptionFeatures, find_inception, inception_cache, is_offline
+from .inception import INCEPTION_URL, InceptionFeatures, find_inception, inception_cache, is_offline, offline_reason
 
 FEATURES = ("auto", "inception", "inception-clean", "clip", "dinov2", "mini")
-WEIGHTS = ("inception", "clip", "dinov2")
-"""What `--weights NAME=PATH` may name."""
 DINOV2 = "facebook/dinov2-large"
+WEIGHTS = {
+    "inception": f"It is {INCEPTION_URL}",
+    "clip": "It is a file of open_clip's ViT-L-14-336, or a folder of open_clip or transformers.",
+    "dinov2": f"It is a folder with config.json and model.safetensors of {DINOV2}.",
+}
+"""What `--weights NAME=PATH` may name, and what lies there."""
 CLIP_336 = Purpose("CMMD or FD-CLIP", "--weights clip=", "CMMD (mini features)", "ViT-L-14-336")
 
 
@@ -126,7 +130,7 @@ def find_dinov2(weights: str | Path | None, offline: bool) -> Path:
             for name in ("config.json", "model.safetensors")
         ]
     except Exception as error:  # the hub client raises a dozen kinds for "not reachable" and "not there"
-        reason = "the network is not to be used (--offline)"
+        reason = offline_reason(offline)
         if not is_offline(offline):
             reason = f"the download failed ({type(error).__name__})"
         raise SctoolError(
@@ -140,7 +144,8 @@ def find_dinov2(weights: str | Path | None, offline: bool) -> Path:
 def named_weights(specs: Sequence[str], features: str) -> dict[str, str]:
     """`--weights` by network: each is `NAME=PATH` with a name of `WEIGHTS`, or the PATH for what `--features` names.
 
-    Raises `UsageError` for unknown features, a network given twice, or mini features, which take none.
+    Raises `UsageError` for unknown features or networks, a network given twice, a path that does not exist, or mini
+    features, which take none.
     """
     if features not in FEATURES:
         raise unknown("--features value", features, FEATURES)
@@ -148,6 +153,8 @@ def named_weights(specs: Sequence[str], features: str) -> dict[str, str]:
     for spec in specs:
         name, mark, path = spec.partition("=")
         if not mark or name not in WEIGHTS:
+            if mark and "/" not in name and not Path(spec).expanduser().exists():
+                raise unknown("--weights network", name, WEIGHTS, " Write NETWORK=PATH, or the path alone.")
             name, path = features if features in WEIGHTS else "inception", spec
             if features == "mini":
                 raise UsageError(
@@ -157,6 +164,10 @@ def named_weights(specs: Sequence[str], features: str) -> dict[str, str]:
         if name in found:
             raise UsageError(f"--weights gives {name} twice: {found[name]} and {path}.")
         found[name] = path
+    for name, path in found.items():
+        if not Path(path).expanduser().exists():
+            named = f"{name}={path}" if f"{name}={path}" in specs else path
+            raise UsageError(f"--weights {named}: no such file. {WEIGHTS[name]}")
     return found
 
 

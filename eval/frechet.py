@@ -26,6 +26,8 @@ from .intervals import BLOCKS, JACKKNIFE, Estimate, blocks_of, jackknife
 
 ENOUGH = 10_000
 """Pictures below which the distance is visibly biased upwards (the bias falls as 1/N)."""
+TOLERANCE = 1e-3
+"""Of sigma's largest entry: what a covariance that was kept in half precision may be off by."""
 FLUSH = 512  # features that wait to be added to the matrix at once
 
 
@@ -59,16 +61,39 @@ class Moments:
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
-        """Reads an .npz with `mu` and `sigma`; pickled arrays are refused. Raises `UsageError` for other files."""
+        """Reads an .npz with `mu` and `sigma`; pickled arrays are refused.
+
+        Raises `UsageError` for other files, and for arrays that are no mean and covariance.
+        """
         try:
             with np.load(path, allow_pickle=False) as file:
-                mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+                mu, sigma = (file[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
                 n = int(file["n"]) if "n" in file else -1
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UsageError(f"--reference {path} is no statistics file with mu and sigma: {error}.") from error
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        except OSError as error:
+            raise UsageError(f"--reference {path} cannot be read: {error.strerror or error}.") from error
+        except Exception as error:  # NumPy's reader raises a dozen kinds for damaged, pickled and other files
+            raise UsageError(
+                f"--reference {path} is no statistics file: an .npz with the numbers mu and sigma, as pytorch-fid and "
+                "--save-stats write it."
+            ) from error
+        if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
             raise UsageError(f"--reference {path}: mu is {mu.shape} and sigma {sigma.shape}; they belong not together.")
+        fault = _no_covariance(mu, sigma)
+        if fault:
+            raise UsageError(f"--reference {path}: {fault}. Make it again from the pictures with --save-stats.")
         return cls(mu, sigma, n if n >= 0 else None)
+
+
+def _no_covariance(mu: np.ndarray, sigma: np.ndarray) -> str | None:
+    """Why mu (D,) and sigma (D, D) are no mean and covariance, beyond rounding; None where they are."""
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        return "mu or sigma holds NaN or infinity"
+    slack = TOLERANCE * np.abs(sigma).max()
+    if np.abs(sigma - sigma.T).max() > slack:
+        return "sigma is not symmetric, so it is no covariance"
+    if float(torch.linalg.eigvalsh(torch.from_numpy(sigma)).min()) < -slack:
+        return "sigma has negative eigenvalues, so it is no covariance"
+    return None
 
 
 class FrechetStats:

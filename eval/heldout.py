@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from ..core.config import SampleConfig, TrainConfig
 from ..core.data.check import check
 from ..core.data.records import Record, Source
 from ..core.data.sources import open_source
-from ..core.errors import SctoolError
+from ..core.errors import SctoolError, UsageError
+from ..core.files import write_json
 from ..core.progress import Progress
 from ..core.runs import Run
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 FAULTS_SHOWN = 20
 SHOWN = 8  # rows of the sheet that shows hint, base and tuned side by side
+DRAWN = "heldout.json"
 EVALUATED = ("test", "validation", "val")  # test rows first: the run itself looked at the validation rows
 
 
@@ -81,7 +84,8 @@ def sample_heldout(
 
     "base" draws the untouched base (its hints are kept beside it for comparison), "tuned" the trained tuner; picture i
     has seed + i in both. sheet.png beside the folders shows the first ones side by side. Gives the folders.
-    Raises `SctoolError` where the run holds nothing out.
+    heldout.json beside them notes how many were asked for and drawn. Raises `SctoolError` where the run holds nothing
+    out, and `UsageError` where its data are gone.
     """
     from ..core.backbones import load_backbone
     from ..core.checkpoint import load_tuner
@@ -91,6 +95,7 @@ def sample_heldout(
     from ..core.sites import tuned
 
     config = run.config
+    _data_there(run)
     backbone = load_backbone(config.base, device=best_device(), offline=offline)
     sampling = sampling or SampleConfig(guidance=config.guidance)
     size = sampling.size or config.size or backbone.resolution
@@ -118,9 +123,10 @@ def sample_heldout(
     if not requests:
         raise SctoolError(f"{run.path}: its data hold nothing out to sample; give --val-data when training.")
     progress = Progress(quiet)
-    folders = []
+    folders, parent = [], out or run.samples
+    (parent / DRAWN).unlink(missing_ok=True)
     for kind in which:
-        folder = (out or run.samples) / kind
+        folder = parent / kind
         with progress.counting(len(requests), f"sampling {kind}") as advance:
             if kind == "base":
                 bare = [Request(r.prompt, r.seed) for r in requests]
@@ -135,8 +141,30 @@ def sample_heldout(
                         folder, draw(backbone, requests, sampling, advance), protocol(backbone, sampling, [used])
                     )
         folders.append(folder)
+    write_json(parent / DRAWN, {"asked": count, "drawn": len(requests)})
     side_by_side(folders, requests, SHOWN, f"{run.name}, on from {config.init}" if config.init else run.name)
     return folders
+
+
+def held_out(run: Run) -> int | None:
+    """How many pictures the run holds out, if a drawing asked for more than there are; None where that is not known."""
+    try:
+        noted = json.loads((run.samples / DRAWN).read_text(encoding="utf-8"))
+        asked, drawn = int(noted["asked"]), int(noted["drawn"])
+    except (OSError, ValueError, KeyError, TypeError):  # older samples, or a drawing that was interrupted
+        return None
+    return drawn if drawn < asked else None
+
+
+def _data_there(run: Run) -> None:
+    """Raises `UsageError` where the sets that the run was trained on are no longer there."""
+    for key in ("data", "val_data", "maps"):
+        value = getattr(run.config, key)
+        if value is not None and str(value) != "photos" and not Path(value).expanduser().exists():
+            raise UsageError(
+                f"the held-out pictures of {run.path} come from its {key}={value}, which is not there. Put it back, or "
+                f"train again with the right --{key.replace('_', '-')}."
+            )
 
 
 def side_by_side(folders: Sequence[Path], requests: Sequence[Request], count: int, title: str) -> Path:

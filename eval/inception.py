@@ -104,6 +104,11 @@ def is_offline(offline: bool) -> bool:
     return offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
+def offline_reason(offline: bool) -> str:
+    """Why the network is not asked, for messages; `offline` is the flag."""
+    return f"the network is not to be used ({'--offline' if offline else 'HF_HUB_OFFLINE is set'})"
+
+
 def inception_cache() -> Path:
     """Where torch.hub, and so pytorch-fid, keeps the Inception weights."""
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
@@ -122,7 +127,7 @@ def find_inception(weights: str | Path | None, offline: bool) -> Path:
     cached = inception_cache()
     if cached.is_file():
         return cached
-    reason = "the network is not to be used (--offline)"
+    reason = offline_reason(offline)
     if not is_offline(offline):
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ class References:
         key = digest([file_hash(root, name) for name in names])
         if key not in self._found:
             real = self._measured(root, names, column)
-            self._found[key] = real, {"n": len(names), "pictures_sha256": key}
+            self._found[key] = real, {"n": real.n, "pictures_sha256": key}
             if self.save and real.moments:
                 real.moments.save(self.save)
         return self._found[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,9 +109,12 @@ class Results:
         return made
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as one JSON value; figures name their protocol, which stands once under "protocols"."""
+        """Everything as one JSON value; figures name their protocol, which stands once under "protocols".
+
+        NaN and infinity, which JSON does not know, become null.
+        """
         figures = [figure for column in self.columns for figure in column.figures]
-        return {
+        found = {
             "target": self.target,
             "folders": {
                 column.label: {
@@ -121,7 +125,7 @@ class Results:
                             "name": f.name,
                             "value": f.value,
                             "better": f.better,
-                            "interval": f.interval,
+                            "interval": f.interval if f.interval and all(map(math.isfinite, f.interval)) else None,
                             "protocol": f.protocol_id,
                         }
                         for f in column.figures
@@ -134,6 +138,16 @@ class Results:
             "notes": self.notes,
             "protocols": {figure.protocol_id: figure.protocol for figure in figures},
         }
+        return _finite(found)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for every number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compare(*figures: Figure) -> Sequence[Figure]:

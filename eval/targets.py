@@ -14,6 +14,7 @@ import numpy as np
 from ..core.data.images import BadImage, decode_rgb
 from ..core.errors import SctoolError, UsageError
 from ..core.runs import Run, find_run
+from .metadata import read_rows, read_sampling
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KINDS = ("base", "tuned")
@@ -87,31 +88,18 @@ def _bare_folder(path: Path, allowed: bool) -> SampleFolder:
     if not allowed:
         raise UsageError(
             f"{path} holds {len(names)} pictures and no metadata.jsonl, which says what each was drawn from. "
-            "`sctool sample` writes it; for --fid alone give the real pictures with --reference FOLDER."
+            "`sctool sample` writes it; for --fid, --kid, --pr and --cmmd alone give the real pictures with "
+            "--reference FOLDER."
         )
     return SampleFolder(path.name, path, [{"file_name": name} for name in names])
 
 
 def read_folder(path: Path) -> SampleFolder:
-    """A samples folder. Raises `UsageError` for malformed, escaping or no rows."""
-    file, rows = path / "metadata.jsonl", []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            row["file_name"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{file} line {number} is no JSON object with a file_name ({error}).") from error
-        rows.append(row)
+    """A samples folder. Raises `UsageError` for malformed or no rows."""
+    rows = read_rows(path / "metadata.jsonl")
     if not rows:
-        raise UsageError(f"{file} lists no pictures. Draw some: sctool sample")
-    sampling = path / "sampling.json"
-    try:
-        found = json.loads(sampling.read_text()) if sampling.is_file() else {}
-    except ValueError as error:
-        raise UsageError(f"{sampling} is not valid JSON: {error}.") from error
-    return SampleFolder(path.name, path, rows, found)
+        raise UsageError(f"{path / 'metadata.jsonl'} lists no pictures. Draw some: sctool sample")
+    return SampleFolder(path.name, path, rows, read_sampling(path / "sampling.json"))
 
 
 def inside(folder: Path, name: str) -> Path:

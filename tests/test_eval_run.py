@@ -334,7 +334,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = json.loads(capsys.readouterr().out)
     assert out["folders"]["samples"]["figures"]["canny.nmse"]["value"] == 0
     assert (samples / "evaluation.md").is_file()
-    flags = ["--kid", "--pr", "--control", "--weights", "a.pth", "--evaluator", "canny:low=50", "--quiet", "--json"]
+    flags = [
+        "--kid",
+        "--pr",
+        "--control",
+        "--weights",
+        str(samples / "0.png"),
+        "--evaluator",
+        "canny:low=50",
+        "--quiet",
+        "--json",
+    ]
     assert command(["evaluate", str(samples), *flags]) == 0
     out = json.loads(capsys.readouterr().out)
     keys = {

@@ -258,6 +258,9 @@ def save_tokenizer(folder: Path) -> None:
 def test_weights_are_named_or_belong_to_the_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sctool.eval.features import choose_features, named_weights
 
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b.pth", "x", "y"):
+        (tmp_path / name).touch()
     assert named_weights(("a=b.pth", "clip=x"), "auto") == {"inception": "a=b.pth", "clip": "x"}
     assert named_weights(("x",), "clip") == {"clip": "x"}
     for specs, features, message in (
