@@ -39,6 +39,8 @@ class SetMetric:
     """What of the real pictures it needs: "moments", "features", or "" for nothing."""
     figures: Mapping[str, tuple[str, str]]
     """Key of each figure -> its name, and which way is better."""
+    reads: Callable[[Any, torch.Tensor], torch.Tensor] = lambda extractor, features: features
+    """What of (extractor, features) the meter takes."""
     usual: str = "inception"
     """The extractor under which the names need no mark."""
 
@@ -46,7 +48,7 @@ class SetMetric:
 SET_METRICS: dict[str, SetMetric] = {
     "fid": SetMetric(lambda e: FrechetDistance(e.dim), "moments", {"fid": ("FID", "lower")}),
     "kid": SetMetric(lambda e: KernelDistance(), "features", {"kid": ("KID", "lower")}),
-    "is": SetMetric(lambda e: InceptionScore(e.classes), "", {"is": ("IS", "higher")}),
+    "is": SetMetric(lambda e: InceptionScore(e.classes), "", {"is": ("IS", "higher")}, lambda e, x: e.logits(x)),
     "pr": SetMetric(
         lambda e: PrecisionRecall(),
         "features",
@@ -71,8 +73,7 @@ class Stream:
         """Adds uint8 pictures (B, 3, H, W) to every meter; the network runs once."""
         features = self.extractor(pictures)
         for name, meter in meters.items():
-            given = self.extractor.logits(features) if name == "is" else features  # type: ignore[attr-defined]
-            meter.update(given, positions)
+            meter.update(SET_METRICS[name].reads(self.extractor, features), positions)
 
     def figures(
         self,

@@ -6,10 +6,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -111,3 +115,26 @@ def edges(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base_maker() -> Callable[..., Path]:
     """`make_base`, for a test that wants a base of its own."""
     return make_base
+
+
+class Means:
+    """A stand-in for a feature extractor: the mean colour."""
+
+    name, dim, label, key, mark = "means", 3, "FD (means)", "fd_means", " (means)"
+    protocol = {"extractor": "means"}  # noqa: RUF012
+
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.float().mean((2, 3))
+
+
+@pytest.fixture
+def mean_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every extractor but Inception is the mean colour; Inception is not at hand."""
+    from sctool.core.errors import SctoolError
+
+    def features(kind: str, **_: object) -> Means:
+        if kind == "inception":
+            raise SctoolError("no Inception here.")
+        return Means()
+
+    monkeypatch.setattr("sctool.eval.metrics.choose_features", features)

@@ -62,7 +62,7 @@ def test_parts_of_an_array_job_make_the_same_set(tmp_path, layout):
 
 
 def test_a_part_of_a_folder_lists_its_own_errors(tmp_path, monkeypatch):
-    monkeypatch.setattr("sctool.annotators.run.CHUNK", 2)
+    monkeypatch.setattr("sctool.annotators.listing.CHUNK", 2)
     (tmp_path / "src").mkdir()
     for i in range(6):
         Image.fromarray(PHOTO[i : i + 64, :64]).save(tmp_path / f"src/{i}.jpg")
@@ -215,18 +215,16 @@ def test_maps_beside_a_shard_are_carried_into_the_merged_set(tmp_path):
 
 
 def test_workers_share_the_gpus(monkeypatch):
-    from sctool.annotators import pool, run
+    from sctool.annotators import ANNOTATORS, pool, run
 
-    class Heavy:
-        needs_weights = True
-
+    heavy = (ANNOTATORS["hed"](),)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
     for visible, found, workers in (("", 0, 12), ("-1", 0, 12), ("3", 1, 2), ("0,GPU-ab", 2, 4)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert len(pool.gpus()) == found
-        assert run._workers(None, 9, (Heavy(),)) == workers  # type: ignore[arg-type]
+        assert run._workers(None, 9, heavy) == workers
     assert run._workers(None, 9, ()) == 1
-    assert run._workers(5, 9, (Heavy(),)) == 5  # type: ignore[arg-type]
+    assert run._workers(5, 9, heavy) == 5
 
 
 def test_shards_without_pictures_are_one_clear_message(tmp_path):
@@ -251,7 +249,7 @@ def test_what_the_source_lost_leaves_the_set(tmp_path, layout):
 
 
 def test_what_a_folder_lost_leaves_the_set(tmp_path, monkeypatch):
-    monkeypatch.setattr("sctool.annotators.run.CHUNK", 2)
+    monkeypatch.setattr("sctool.annotators.listing.CHUNK", 2)
     (tmp_path / "src").mkdir()
     for i in range(7):
         Image.fromarray(PHOTO[i : i + 64, :64]).save(tmp_path / f"src/{i}.jpg")

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from sctool.core.config import SampleConfig, TrainConfig
@@ -25,24 +24,8 @@ from sctool.eval.results import Column, Figure, Results
 from sctool.eval.targets import read_folder
 
 
-class Means:
-    """A stand-in for an extractor: the mean colour."""
-
-    name, dim, label, key, mark = "means", 3, "FD (means)", "fd_means", " (means)"
-    protocol = {"extractor": "means"}  # noqa: RUF012
-
-    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.float().mean((2, 3))
-
-
 @pytest.fixture(autouse=True)
-def _no_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def features(kind: str, **_: object) -> Means:
-        if kind == "inception":
-            raise SctoolError("no Inception here.")
-        return Means()
-
-    monkeypatch.setattr("sctool.eval.metrics.choose_features", features)
+def _no_models(mean_features: None) -> None: ...
 
 
 def make(folder: Path, rows: list[dict[str, Any]] | bytes, sampling: str | None = None) -> Path:

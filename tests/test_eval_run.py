@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from sctool.annotators import ANNOTATORS
@@ -23,27 +22,11 @@ from sctool.eval.report import markdown, show, write
 from sctool.eval.results import Column, Figure, Results, compare
 
 
-class Means:
-    """A stand-in for an extractor: the mean colour."""
-
-    name, dim, label, key, mark = "means", 3, "FD (means)", "fd_means", " (means)"
-    protocol = {"extractor": "means"}  # noqa: RUF012
-
-    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.float().mean((2, 3))
-
-
 @pytest.fixture(autouse=True)
-def _no_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def features(kind: str, **_: object) -> Means:
-        if kind == "inception":
-            raise SctoolError("no Inception here.")
-        return Means()
-
+def _no_models(mean_features: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(kind: str, **_: object) -> object:
         raise SctoolError("no CLIP here.")
 
-    monkeypatch.setattr("sctool.eval.metrics.choose_features", features)
     monkeypatch.setattr("sctool.eval.metrics.clip_features", none)
     monkeypatch.setattr(module, "choose_clip", none)
 

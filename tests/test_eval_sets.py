@@ -195,15 +195,18 @@ def test_few_pictures_have_no_interval_and_too_few_no_figure() -> None:
 class Plain:
     """An extractor of mean colours."""
 
-    dim, label, key, mark, protocol = 3, "FID", "fid", "", {}
+    dim, label, key, protocol = 3, "FID", "fid", {}
 
     def __init__(self, name: str, mark: str = "") -> None:
         self.name, self.mark = name, mark
 
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.float().mean((2, 3))
+
 
 def test_names_say_which_features() -> None:
     def named(metric: str, key: str, extractor: Plain) -> tuple[str, str]:
-        return metrics.name_of(key, metrics.SET_METRICS[metric], extractor)  # type: ignore[arg-type]
+        return metrics.name_of(key, metrics.SET_METRICS[metric], extractor)
 
     inception, mini, clip = Plain("inception"), Plain("mini", " (mini features)"), Plain("clip", " (CLIP features)")
     assert named("kid", "kid", inception) == ("kid", "KID")
