@@ -87,7 +87,7 @@ def _bare_folder(path: Path, allowed: bool) -> SampleFolder:
         raise UsageError(f"{path} holds no pictures. Give a folder that `sctool sample` wrote, or a run folder.")
     if not allowed:
         raise UsageError(
-            f"{path} holds {len(names)} pictures and no metadata.jsonl, which says what each was drawn from. "
+            f"{path} holds pictures ({len(names)}) and no metadata.jsonl, which says what each was drawn from. "
             "`sctool sample` writes it; for --fid, --kid, --pr and --cmmd alone give the real pictures with "
             "--reference FOLDER."
         )

@@ -108,7 +108,7 @@ def _existing(path: str | Path) -> Path:
     parent = given.parent
     while not parent.is_dir():
         given, parent = parent, parent.parent
-    near = difflib.get_close_matches(given.name, os.listdir(parent), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(given.name, os.listdir(parent), n=1, cutoff=0.7)
     hint = f" Did you mean '{parent / near[0]}'?" if near else ""
     raise UsageError(f"there is no '{path}'.{hint} Give a folder of pictures, of .tar shards, or 'photos'.")
 
