@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..core.data.conditions import parse_conditions
 from ..core.errors import UsageError, unknown
 from .base import Annotator
 from .canny import Canny
@@ -21,34 +22,21 @@ ANNOTATORS: dict[str, type[Annotator]] = {
 }
 
 
-def parse_conditions(specs: Iterable[str], seed: int = 0) -> tuple[Annotator, ...]:
-    """Annotators from `canny,color` or `canny:low=50,high=150,color` (one text or several).
+def make_annotators(conditions: str | Iterable[str], seed: int = 0, flag: str = "--cond") -> tuple[Annotator, ...]:
+    """Annotators from `canny:low=50,high=150,color` (one text or several; see `core.data.conditions`).
 
-    A part with `=` and without a condition's name belongs to the condition before it.
     Raises `UsageError` for an unknown condition or setting (naming the nearest), one given twice, or none at all.
     """
-    wanted: list[tuple[str, list[str]]] = []
-    for part in (part.strip() for spec in specs for part in spec.split(",")):
-        name, colon, rest = part.partition(":")
-        if "=" in name:
-            if not wanted:
-                raise UsageError(f"--cond '{part}' sets nothing: name the condition first, e.g. canny:{part}.")
-            wanted[-1][1].append(part)
-        elif name:
-            wanted.append((name.strip(), [rest] if colon else []))
-    if not wanted:
-        raise UsageError(f"--cond names no condition. Known: {', '.join(sorted(ANNOTATORS))}.")
-    found: dict[str, Annotator] = {}
-    for name, settings in wanted:
-        if name not in ANNOTATORS:
-            raise unknown("condition", name, ANNOTATORS)
-        if name in found:
-            raise UsageError(f"--cond names '{name}' twice.")
-        found[name] = ANNOTATORS[name].parse(",".join(settings), seed)
-    return tuple(found.values())
+    specs = parse_conditions(conditions, flag)
+    if not specs:
+        raise UsageError(f"{flag} names no condition. Known: {', '.join(sorted(ANNOTATORS))}.")
+    for spec in specs:
+        if spec.name not in ANNOTATORS:
+            raise unknown("condition", spec.name, ANNOTATORS)
+    return tuple(ANNOTATORS[spec.name].parse(spec.settings, seed) for spec in specs)
 
 
-def annotator(name: str, seed: int = 0) -> Annotator:
+def annotator(condition: str, seed: int = 0) -> Annotator:
     """One annotator from its name, with settings or without: `canny`, `canny:low=50,high=150`."""
-    (found,) = parse_conditions([name], seed)
-    return found
+    (only,) = make_annotators(condition, seed)
+    return only

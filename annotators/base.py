@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..core.config import Config, build
+from ..core.data.conditions import condition
 
 Params = dict[str, Any]
 
@@ -26,12 +27,9 @@ class Annotator(ABC):
     name: ClassVar[str]
     version: ClassVar[str]
     """Identity of the algorithm; raised whenever the same picture would give another map."""
-    summary: ClassVar[str]
     Settings: ClassVar[type[Config]] = NoParams
     bilevel: ClassVar[bool] = False
     """The map holds only 0 and 255 and is stored as a 1-bit PNG."""
-    needs_weights: ClassVar[bool] = False
-    """The map is a network's, whose weights must be on this machine; `ready` says whether they are."""
 
     def __init__(self, settings: Config | None = None, seed: int = 0) -> None:
         self.settings = settings if settings is not None else self.Settings()
@@ -48,6 +46,11 @@ class Annotator(ABC):
             key, _, value = pair.partition("=")
             values[key.strip()] = value.strip()
         return cls(build(cls.Settings, values, where=f"{cls.name} "), seed)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the map is a network's, whose weights must be on this machine; `ready` says whether they are."""
+        return condition(self.name).network
 
     @property
     def id(self) -> dict[str, Any]:

@@ -32,7 +32,6 @@ class Canny(Annotator):
 
     name = "canny"
     version = "canny-1"
-    summary = "edges of cv2.Canny on RGB (1 bit)"
     Settings = CannySettings
     bilevel = True
 

@@ -32,7 +32,6 @@ class Color(Annotator):
 
     name = "color"
     version = "color-1"
-    summary = "palette at 1/64 of the size (T2I-Adapter)"
     Settings = ColorSettings
 
     def annotate(self, image: np.ndarray, key: str) -> tuple[np.ndarray, Params]:

@@ -8,8 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from .base import Params
-from .models import ModelAnnotator, ModelSettings, Transformer, load_transformer
-from .weights import default
+from .networks.models import ModelAnnotator, ModelSettings, Transformer, load_transformer
+from .networks.weights import default
 
 ARCHITECTURES = ("DepthAnythingForDepthEstimation", "DPTForDepthEstimation", "ZoeDepthForDepthEstimation")
 FLAT = 1e-4
@@ -32,7 +32,6 @@ class Depth(ModelAnnotator):
 
     name = "depth"
     version = "depth-1"
-    summary = "relative inverse depth of a network, near = white (8 bit)"
     Settings = DepthSettings
 
     @property

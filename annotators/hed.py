@@ -8,8 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from .base import Params
-from .models import ModelAnnotator, ModelSettings, device, kept, on_device, torch_dtype
-from .weights import default
+from .networks.models import ModelAnnotator, ModelSettings, device, kept, on_device, torch_dtype
+from .networks.weights import default
 
 
 class EdgeSettings(ModelSettings):
@@ -33,7 +33,7 @@ class EdgeAnnotator(ModelAnnotator):
     @property
     def network(self) -> Any:
         """The edge network, loaded once a process."""
-        from .edge_networks import load_edges
+        from .networks.edge_networks import load_edges
 
         def load() -> Any:
             return load_edges(self.weights.path).to(device(), torch_dtype(self.dtype))
@@ -42,7 +42,7 @@ class EdgeAnnotator(ModelAnnotator):
 
     def edges(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """float32 (H, W) in 0..1 of each uint8 (H, W, 3) picture, at its own size."""
-        from .edge_networks import soft_edges
+        from .networks.edge_networks import soft_edges
 
         found: dict[int, np.ndarray] = {}
         for group in self.passes([(*image.shape[2:], *image.shape[:2]) for image in images]):
@@ -56,7 +56,6 @@ class Hed(EdgeAnnotator):
 
     name = "hed"
     version = "hed-1"
-    summary = "soft edges of a network (8 bit)"
     Settings = HedSettings
 
     def maps(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, Params]]:

@@ -73,7 +73,6 @@ class Mask(Annotator):
 
     name = "mask"
     version = "mask-1"
-    summary = "LaMa strokes and boxes, 255 = to be painted (1 bit)"
     Settings = MaskSettings
     bilevel = True
 

@@ -43,7 +43,6 @@ class Outpaint(Annotator):
 
     name = "outpaint"
     version = "outpaint-1"
-    summary = "all but a rectangle, 255 = to be painted (1 bit)"
     Settings = OutpaintSettings
     bilevel = True
 

@@ -10,9 +10,9 @@ from pydantic import Field
 
 from ..core.errors import UsageError
 from .base import Params
-from .models import ModelAnnotator, ModelSettings, Transformer, load_transformer, on_device
-from .pose_drawing import JOINTS, drawing
-from .weights import Found, default, locate
+from .networks.models import ModelAnnotator, ModelSettings, Transformer, load_transformer, on_device
+from .networks.pose_drawing import JOINTS, drawing
+from .networks.weights import Found, default, locate
 
 PADDING = 1.25
 """A person's crop over the box, as ViTPose was trained."""
@@ -32,7 +32,6 @@ class Pose(ModelAnnotator):
 
     name = "pose"
     version = "pose-1"
-    summary = "persons drawn as OpenPose does, keypoints in the params (RGB)"
     Settings = PoseSettings
 
     @cached_property

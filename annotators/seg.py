@@ -9,8 +9,8 @@ from pydantic import Field
 
 from ..core.errors import UsageError
 from .base import Params
-from .models import ModelAnnotator, ModelSettings, Transformer, kept, load_transformer
-from .weights import default
+from .networks.models import ModelAnnotator, ModelSettings, Transformer, kept, load_transformer
+from .networks.weights import default
 
 ARCHITECTURES = (
     "UperNetForSemanticSegmentation",
@@ -35,7 +35,6 @@ class Seg(ModelAnnotator):
 
     name = "seg"
     version = "seg-1"
-    summary = "class ids of a network, ADE20K (8 bit)"
     Settings = SegSettings
 
     @property

@@ -25,7 +25,6 @@ class Sketch(EdgeAnnotator):
 
     name = "sketch"
     version = "sketch-1"
-    summary = "lines of a network, as scribbled (1 bit)"
     Settings = EdgeSettings
     bilevel = True
 

@@ -31,8 +31,8 @@ from skimage import data
 
 from sctool.annotators import annotator
 from sctool.annotators.color import enlarge
-from sctool.annotators.maps import Size, make, read
-from sctool.annotators.run import annotate
+from sctool.annotators.engine.maps import Size, make, read
+from sctool.annotators.engine.run import annotate
 from sctool.core.config import AnnotateConfig
 
 SIDE = 512

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from scipy import linalg
 
-from sctool.eval.frechet import FrechetStats, Moments, frechet_distance
+from sctool.eval.sets.frechet import FrechetStats, Moments, frechet_distance
 
 DIM, LIMIT = 2048, 3.0
 CLOSE = {True: 1e-9, False: 1e-5}  # by full rank or not: sqrtm of a singular matrix is itself no better

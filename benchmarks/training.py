@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sctool.core.architectures import KNOWN, Architecture
+from sctool.core.backbones.architectures import KNOWN, Architecture
+from sctool.core.backbones.upsampling import fold_upsampling
 from sctool.core.config import SCEditConfig
 from sctool.core.files import write_text
-from sctool.core.sites import TunedBackbone
+from sctool.core.sites.wiring import TunedBackbone
 from sctool.core.tuners.scedit import SCEdit
-from sctool.core.upsampling import fold_upsampling
 
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
 WITH_FF = r"(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)"

@@ -75,11 +75,11 @@ def annotate(
 
       find . -name '*.jpg' | sctool annotate - --cond mask:preset=thick --json
     """
-    from ..annotators.run import annotate as run
+    from ..annotators.engine.run import annotate as run
     from ..core.config import AnnotateConfig, resolve
 
     flags = {
-        "src": src, "cond": tuple(cond) if cond else None, "out": out, "size": in_pixels(size), "layout": layout,
+        "src": src, "cond": cond or None, "out": out, "size": in_pixels(size), "layout": layout,
         "render": render, "seed": seed, "limit": limit, "jobs": jobs, "ray": ray, "shards": shards,
         "strict": strict,
     }  # fmt: skip
@@ -103,7 +103,7 @@ def in_pixels(size: str | None) -> str | None:
     kind, _, name = (size or "").partition(":")
     if kind != "crop" or not name or name.isdigit():
         return size
-    from ..core.bases import resolution
+    from ..core.backbones.bases import resolution
 
     return f"crop:{resolution(name)}"
 

@@ -36,8 +36,8 @@ def compare(
         raise UsageError(f"--out {out} is a folder; give a file, e.g. {out / 'comparison.md'}.")
 
     from ..core.files import write_text
-    from ..eval.compare import compare as put
-    from ..eval.compare import markdown, show
+    from ..eval.report.compare import compare as put
+    from ..eval.report.compare import markdown, show
 
     found = put(targets or [], runs)
     if out:

@@ -110,7 +110,7 @@ def evaluate(
     from ..core.runs import find_run
     from ..eval.evaluate import evaluate as measure
     from ..eval.options import Options
-    from ..eval.report import show, write
+    from ..eval.report.tables import show, write
     from ..eval.targets import is_run
 
     if drawn and is_run(target):
@@ -133,7 +133,7 @@ def evaluate(
     results = measure(target, options, runs=runs)
     files = [*write(results, out or results.target)]
     if report:
-        from ..eval.html import write_html
+        from ..eval.report.html import write_html
 
         files.append(write_html(results, report))
     if as_json:

@@ -20,7 +20,7 @@ def methods(
 
       sctool methods --base ./sd15 --json
     """
-    from ..core.architectures import architecture
+    from ..core.backbones.architectures import architecture
     from ..core.counting import counts
 
     found = architecture(base)

@@ -11,7 +11,7 @@ import typer
 from ..core.errors import UsageError
 
 if TYPE_CHECKING:
-    from ..core.sample import Request
+    from ..core.sampling import Request
 
 
 def sample(
@@ -95,11 +95,11 @@ def sample(
         report([folders[0].parent / "sheet.png"], as_json)
         return
 
-    from ..core.backbones import load_backbone
+    from ..core.backbones.loading import load_backbone
     from ..core.checkpoint import load_tuner, read_meta, tuner_file
     from ..core.progress import Progress
-    from ..core.sample import draw, protocol, write_samples
-    from ..core.sites import tuned
+    from ..core.sampling import draw, protocol, write_samples
+    from ..core.sites.wiring import tuned
     from ..eval.heldout import best_device
 
     chosen = [] if no_tuner else [split_scale(text) for text in tuner or [str(find_run(None).path)]]
@@ -151,7 +151,7 @@ def read_hints(hints: list[str], photos: list[str], size: int) -> tuple[dict[str
     Maps (`hints`) are resized to the picture; photographs are resized first and then annotated.
     """
     from ..annotators import ANNOTATORS, annotator
-    from ..core.data.hints import is_categorical, needs_image, render
+    from ..core.data.conditions import condition
     from ..core.data.images import BadImage, Geometry, decode_map, decode_rgb
     from ..core.data.records import FileBlob
     from ..core.errors import unknown
@@ -173,18 +173,18 @@ def read_hints(hints: list[str], photos: list[str], size: int) -> tuple[dict[str
         try:
             if not from_photo:
                 picture = decode_map(FileBlob(file), file)
-                fitted = geometry.apply_map(picture, picture.shape, names=is_categorical(name))
-                if needs_image(name) and fitted.ndim == 2:
+                fitted = geometry.apply_map(picture, picture.shape, names=condition(name).categorical)
+                if condition(name).needs_image and fitted.ndim == 2:
                     raise UsageError(
                         f"{flag} {text}: give the picture itself, with what is to be painted set to black."
                     )
-                found[name] = fitted if needs_image(name) else render(name, fitted, fitted)
+                found[name] = fitted if condition(name).needs_image else condition(name).render(fitted, fitted)
                 continue
             if name not in ANNOTATORS:
                 raise unknown("condition", name, ANNOTATORS)
             image = geometry.apply(decode_rgb(FileBlob(file), file))
             (made, _), *_ = annotator(name)([image], [Path(file).stem])
-            found[name] = render(name, geometry.apply_map(made, image.shape), image)
+            found[name] = condition(name).render(geometry.apply_map(made, image.shape), image)
         except BadImage as error:
             raise UsageError(f"{flag} {text}: the file {error.reason}.") from error
     return found, weights
@@ -194,7 +194,7 @@ def read_requests(
     prompts: list[str], file: Path | None, count: int, seed: int, maps: dict[str, Any], size: int
 ) -> list[Request]:
     """Every prompt `count` times with counting seeds; a .jsonl row may name its own seed and hints."""
-    from ..core.sample import Request
+    from ..core.sampling import Request
 
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
     if file is not None:

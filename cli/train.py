@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import UsageError
-
 if TYPE_CHECKING:
     from ..core.config import TrainConfig
 
@@ -65,32 +63,32 @@ def train(
     flags: dict[str, Any] = {
         "method": method, "base": base, "data": data, "maps": maps, "val_data": val_data, "steps": steps,
         "batch": batch, "lr": lr, "size": size, "precision": precision, "init": init, "seed": seed,
-        "cond": tuple(c for c in cond.split(",") if c) if cond is not None else None,
+        "cond": cond,
     }  # fmt: skip
     settings = resolve(TrainConfig, preset_name=preset, file=config, flags=flags, pairs=pairs or ())
     check_names(settings)
 
-    from ..core.bases import resolution
+    from ..core.backbones.bases import resolution
     from ..core.runs import open_run
     from ..eval.heldout import adherence, open_data
 
     trained_size = settings.size or resolution(settings.base, offline)
     source, held_out, made = open_data(settings, trained_size, strict=strict, quiet=quiet)
     if dry_run:
-        from ..core.plan import plan, show_plan
+        from ..core.training.plan import plan, show_plan
 
         figures = plan(settings, source, held_out, offline=offline)
         print(json.dumps(figures) if as_json else show_plan(figures))
         return
 
-    from ..core.train import train as run_training
+    from ..core.training.train import train as run_training
 
     run = open_run(out, name, settings)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one holds the run and speaks
     with run.locked() if first else nullcontext():
         figures = run_training(
-            settings, run, source, held_out=held_out, measures=adherence(settings.cond, made, quiet=quiet or not first),
-            map_meta=made,
+            settings, run, source, held_out=held_out, map_meta=made,
+            measures=adherence(settings.conditions, made, quiet=quiet or not first),
             offline=offline, quiet=quiet,
         )  # fmt: skip
     if not first:
@@ -110,8 +108,6 @@ def check_names(settings: TrainConfig) -> None:
     from ..core.tuners import method_config
 
     method_config(settings.method, settings.tuner)
-    for name in settings.cond:
+    for name in settings.conditions:
         if name not in ANNOTATORS and not settings.maps and settings.data == "photos":
             raise unknown("condition", name, ANNOTATORS)
-    if len(set(settings.cond)) < len(settings.cond):
-        raise UsageError(f"--cond names a condition twice: {','.join(settings.cond)}.")

@@ -31,7 +31,7 @@ def list_(
 
       sctool weights list --cond depth
     """
-    from ..annotators.weights import WEIGHTS, at_hand
+    from ..annotators.networks.weights import WEIGHTS, at_hand
     from ..core.errors import unknown
 
     known = {name for row in WEIGHTS.values() for name in row.conds}
@@ -87,8 +87,8 @@ def fetch(
 
       HF_HOME=/data/hf sctool weights fetch mask2former
     """
-    from ..annotators.weights import fetch as run
-    from ..annotators.weights import select
+    from ..annotators.networks.weights import fetch as run
+    from ..annotators.networks.weights import select
 
     fetched = {row.name: (run(row), row.licence) for row in select(names)}
     if as_json:
@@ -109,8 +109,8 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Hash the weights on this machine again and name damaged files. Uses no network; exit code 1 for damage."""
-    from ..annotators.weights import WEIGHTS, select
-    from ..annotators.weights import verify as run
+    from ..annotators.networks.weights import WEIGHTS, select
+    from ..annotators.networks.weights import verify as run
     from ..core.errors import SctoolError
 
     damaged: list[str] = []

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bases import ASSETS
+from .backbones.bases import ASSETS
 from .errors import SctoolError, UsageError
 from .files import replacing, save_tensors, write_json
 from .tuners import method_config, tuner_class
@@ -18,7 +18,7 @@ from .tuners import method_config, tuner_class
 if TYPE_CHECKING:
     from torch import nn
 
-    from .backbones import Backbone
+    from .backbones.loading import Backbone
     from .tuners.base import Tuner
 
 NAME = "tuner.safetensors"

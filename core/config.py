@@ -8,20 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .data.conditions import parse_conditions
 from .errors import UsageError, unknown
 
 PRESETS = Path(__file__).parent / "presets"
 
 
 class Config(BaseModel):
-    """A frozen set of values; unknown keys are refused."""
+    """A frozen set of values; unknown keys are refused. A list may be written with commas: `skips=0,3,6`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _comma_lists(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {key: _as_list(value) if _is_list(cls, key) else value for key, value in values.items()}
+
+
+def _is_list(cls: type[BaseModel], key: str) -> bool:
+    """Whether the field of that name holds a tuple of any length, or None."""
+    annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
+    return any(get_origin(one) is tuple and ... in get_args(one) for one in (annotation, *get_args(annotation)))
+
+
+def _as_list(value: Any) -> Any:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int | float) else value
 
 
 # --------------------------------------------------------------------------------------------------- methods
@@ -57,7 +77,7 @@ class TrainConfig(Config):
 
     method: str = Field("scedit", description="method from `sctool methods`")
     tuner: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
-    cond: tuple[str, ...] = Field((), description="conditions to control by, e.g. canny")
+    cond: tuple[str, ...] = Field((), description="conditions to control by, e.g. canny or canny:low=50,color")
     base: str = Field("mini", description="'mini', a diffusers-format folder, or a hub id")
     init: str | None = Field(None, description="tuner file or run to start from")
 
@@ -76,7 +96,7 @@ class TrainConfig(Config):
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates, e.g. betas=[0.9,0.99]")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0 for none")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="frozen weights and activations; tuners stay fp32"
@@ -95,6 +115,16 @@ class TrainConfig(Config):
     sample_every: int = Field(500, ge=0, description="steps between preview grids; 0 for none")
     preview_steps: int = Field(20, ge=1, description="sampler steps of previews and adherence")
     guidance: float = Field(7.5, ge=0, description="classifier-free guidance of previews and adherence")
+
+    @field_validator("cond")
+    @classmethod
+    def _one_condition_each(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(str, parse_conditions(value)))
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The names of the conditions, without annotator settings."""
+        return tuple(spec.name for spec in parse_conditions(self.cond))
 
 
 # --------------------------------------------------------------------------------------------------- sampling
@@ -228,3 +258,8 @@ class AnnotateConfig(Config):
     ray: str | None = Field(None, description="run on a Ray cluster: its address, auto, or local")
     shards: str | None = Field(None, description="K/N: the K-th of N array jobs that write one set together")
     strict: bool = Field(False, description="fail at the end if any picture could not be read")
+
+    @field_validator("cond")
+    @classmethod
+    def _one_condition_each(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(str, parse_conditions(value)))

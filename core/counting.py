@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .architectures import Architecture
+from .backbones.architectures import Architecture
 from .tuners import method_config, tuner_class
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def count(base: Architecture, variant: Variant, denoiser: nn.Module | None = Non
 
 def counts(base: Architecture) -> list[Count]:
     """All variants that exist on `base`: one that edits a skip which the base does not have is left out."""
-    from .sites import skips
+    from .sites.wiring import skips
 
     denoiser = base.denoiser()
     total, last = parameters(denoiser), len(skips(denoiser)) - 1

@@ -9,19 +9,19 @@ from typing import Any
 from ..core.data.images import BadImage
 from ..core.errors import SctoolError, UsageError
 from ..core.progress import Progress
-from .adherence import Adherence
-from .clip_models import ClipModel
 from .clip_score import ClipScore
-from .clip_weights import choose_clip
-from .conditions import EDGES, SEGMENTATION, scores
-from .features import Extractor
+from .control.adherence import Adherence
+from .control.table import EDGES, SEGMENTATION, scores
+from .features.choosing import Extractor
+from .features.clip_models import ClipModel
+from .features.clip_weights import choose_clip
 from .flags import check_flags
 from .heldout import best_device, held_out, sample_heldout
 from .intervals import BOOTSTRAP
-from .metrics import Stream, streams
 from .options import SETS, Options
-from .references import BATCH, References, same_size
 from .results import Column, Figure, Picture, Results
+from .sets.metrics import Stream, streams
+from .sets.references import BATCH, References, same_size
 from .targets import SampleFolder, Target, read_picture, require, resolve
 
 DEFAULT_COUNT = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import UsageError
-from .features import named_weights
+from .features.choosing import named_weights
 from .options import CONTROL, Options
 
 

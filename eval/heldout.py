@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..annotators.ondemand import ensure_maps
+from ..annotators.engine.ondemand import ensure_maps
 from ..core.config import SampleConfig, TrainConfig
 from ..core.data.check import check
 from ..core.data.records import Record, Source
@@ -18,7 +18,7 @@ from ..core.progress import Progress
 from ..core.runs import Run
 
 if TYPE_CHECKING:
-    from ..core.sample import Request
+    from ..core.sampling import Request
 
 FAULTS_SHOWN = 20
 SHOWN = 8  # rows of the sheet that shows hint, base and tuned side by side
@@ -39,10 +39,10 @@ def open_data(
     ready = []
     for path in filter(None, (config.data, config.val_data)):
         source = open_source(path, config.maps)
-        if config.cond:
+        if config.conditions:
             source, how = ensure_maps(source, config.cond, size)
             made |= how
-        faults = check(source, conds=config.cond, need_text=not config.trigger, deep=strict, size=size)
+        faults = check(source, conds=config.conditions, need_text=not config.trigger, deep=strict, size=size)
         for fault in faults[:FAULTS_SHOWN]:
             progress.note(str(fault))
         if faults:
@@ -57,7 +57,7 @@ def open_data(
 
 def evaluation_records(source: Source, held_out: Source | None, config: TrainConfig) -> list[Record]:
     """Records that training never saw: the held-out set, else rows marked test, else what training held out."""
-    from ..core.train import split_records
+    from ..core.training.train import split_records
 
     if held_out is not None:
         return list(held_out.records)
@@ -87,12 +87,12 @@ def sample_heldout(
     heldout.json beside them notes how many were asked for and drawn. Raises `SctoolError` where the run holds nothing
     out, and `UsageError` where its data are gone.
     """
-    from ..core.backbones import load_backbone
+    from ..core.backbones.loading import load_backbone
     from ..core.checkpoint import load_tuner
-    from ..core.data.hints import is_categorical, render
+    from ..core.data.conditions import condition
     from ..core.data.images import BadImage, Geometry, decode_map, decode_rgb
-    from ..core.sample import Request, draw, protocol, write_samples
-    from ..core.sites import tuned
+    from ..core.sampling import Request, draw, protocol, write_samples
+    from ..core.sites.wiring import tuned
 
     config = run.config
     _data_there(run)
@@ -110,10 +110,10 @@ def sample_heldout(
             image = decode_rgb(record.image, record.image.name)
             reference = geometry.apply(image)
             hints, maps = {}, {}
-            for name in config.cond:
-                map, names = decode_map(record.maps[name], record.maps[name].name), is_categorical(name)
+            for name in config.conditions:
+                map, names = decode_map(record.maps[name], record.maps[name].name), condition(name).categorical
                 fitted = geometry.apply_map(map, image.shape, names=names)
-                hints[name] = render(name, fitted, reference)
+                hints[name] = condition(name).render(fitted, reference)
                 if names and fitted.ndim == 2:  # colours do not tell all classes apart
                     maps[name] = fitted
         except (BadImage, KeyError):
@@ -199,7 +199,7 @@ def best_device() -> str:
 def adherence(
     conds: Sequence[str], made: dict[str, Any], *, quiet: bool = False
 ) -> dict[str, Callable[..., dict[str, float]]]:
-    """For each condition that can be measured, a function (pictures, hints) -> figures; see `eval/conditions.py`."""
-    from .conditions import measures
+    """For each condition that can be measured, a function (pictures, hints) -> figures; see `eval/control/table.py`."""
+    from .control.table import measures
 
     return measures(conds, made, Progress(quiet).note)

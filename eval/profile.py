@@ -143,7 +143,7 @@ class _Bench:
         return time.perf_counter()
 
     def _model(self, tuned: bool) -> Any:
-        from ..core.sites import TunedBackbone
+        from ..core.sites.wiring import TunedBackbone
 
         return TunedBackbone(self.denoiser, *([self.tuner] if tuned else []))
 
@@ -156,7 +156,7 @@ def profile(
     {"parameters": {"trainable", "stored", "total", "base"}, "base"/"tuned": {"train_step_s", "sample_step_s",
     "train_peak_bytes", "sample_peak_bytes"}, "ratio": tuned over base, "protocol"}. Times are medians.
     """
-    from ..core.backbones import load_backbone
+    from ..core.backbones.loading import load_backbone
     from ..core.checkpoint import load_tuner
 
     config = run.config

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .cache import CHUNK, Memo, Rows, cache_folder, content_key
-from .hints import is_categorical, needs_image, render
+from .conditions import condition
 from .images import MIN_SIDE, BadImage, Geometry, decode_map, decode_rgb, too_small
 from .records import Fault, Record, Source
 
@@ -105,10 +105,10 @@ class PreparedSet(Dataset):
         if blob is None:
             raise BadImage(f"has no {cond} map", item.record.key)
         shape = self.latents.read(item.latent)["shape"].tolist()
-        names = is_categorical(cond)
-        map = self.geometry.apply_map(decode_map(blob), shape, item.flip, names=names)
-        if needs_image(cond) or names:
-            return render(cond, map, self._pixels(item) if needs_image(cond) else map)
+        kind = condition(cond)
+        map = self.geometry.apply_map(decode_map(blob), shape, item.flip, names=kind.categorical)
+        if kind.needs_image or kind.categorical:
+            return kind.render(map, self._pixels(item) if kind.needs_image else map)
         return map
 
     def __getstate__(self) -> dict:

@@ -10,12 +10,6 @@ from typing import Any
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
-CONDITIONS = frozenset(
-    {"canny", "color", "depth", "hed", "inpaint", "lineart", "mask", "mlsd", "normal", "outpaint"}
-    | {"pidi", "pose", "scribble", "seg", "sketch", "softedge", "teed"}
-)
-"""Names that mark a subfolder as maps, not pictures, when it does not lie under `conditions/`."""
-
 ANY = "conditioning_image"
 """The map of a set that names no condition (diffusers' column, ControlNet's `source`): it serves whichever is asked."""
 

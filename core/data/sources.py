@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UsageError
+from .conditions import MAP_FOLDERS
 from .paths import is_picture, walk
 from .photos import photos
-from .records import CONDITIONS, Blob, Fault, FileBlob, Record, Source, split_name, without_duplicates
-from .rows import read_metadata, read_prompts
+from .records import Blob, Fault, FileBlob, Record, Source, split_name, without_duplicates
 from .shards import list_maps, list_shard, read_shard
+from .tables import read_metadata, read_prompts
 
 __all__ = ["Shard", "list_shard", "open_shards", "open_source"]
 
@@ -87,7 +88,7 @@ def open_shards(path: str | Path) -> tuple[Source, list[Shard]] | None:
     beside: dict[str, list[tuple[str, str]]] = {}
     for name in names:
         folder, _, file = name.removeprefix("conditions/").partition("/")
-        if file.lower().endswith(".tar") and (name.startswith("conditions/") or folder in CONDITIONS):
+        if file.lower().endswith(".tar") and (name.startswith("conditions/") or folder in MAP_FOLDERS):
             beside.setdefault(file, []).append((folder, str(root / name)))
     shards = [
         Shard(
@@ -175,7 +176,7 @@ def _folder(root: Path, names: list[str], faults: list[Fault]) -> list[Record]:
 
 def _is_map_folder(name: str) -> bool:
     parts = name.lower().split("/")[:-1]
-    return any(part in CONDITIONS or part == "conditions" for part in parts)
+    return any(part in MAP_FOLDERS or part == "conditions" for part in parts)
 
 
 def _siblings(root: Path, names: Iterable[str]) -> dict[str, dict[str, Blob]]:
@@ -197,10 +198,10 @@ def _map_key(stem: str, stems: set[str]) -> tuple[str, str | None]:
     for i, part in enumerate(parts[:-1]):
         if part == "conditions" and i + 2 < len(parts):
             return _undotted("/".join(parts[:i] + parts[i + 2 :]), parts[i + 1]), parts[i + 1]
-        if part.lower() in CONDITIONS:
+        if part.lower() in MAP_FOLDERS:
             return _undotted("/".join(parts[:i] + parts[i + 1 :]), part.lower()), part.lower()
     key, _, cond = stem.rpartition(".")
-    if key and "/" not in cond and (key in stems or cond in CONDITIONS):
+    if key and "/" not in cond and (key in stems or cond in MAP_FOLDERS):
         return key, cond
     return stem, None
 
@@ -239,7 +240,7 @@ def _with_sidecars(source: Source, folder: Path, every: bool = False) -> Source:
         if not base.is_dir():
             continue
         for cond in sorted(entry.name for entry in base.iterdir() if entry.is_dir()):
-            if not any_name and cond not in CONDITIONS:
+            if not any_name and cond not in MAP_FOLDERS:
                 continue
             for tar in sorted((base / cond).glob("*.tar")):
                 maps, wrong = list_maps(tar, cond)

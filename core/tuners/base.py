@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UsageError, unknown
-from ..sites import Seat, Skip, SkipEditor, skips
+from ..sites.wiring import Seat, Skip, SkipEditor, skips
 
 Features = dict[str, dict[int, Tensor]]  # condition -> skip index -> c (B, C, h, w)
 T = TypeVar("T", bound="Tuner")

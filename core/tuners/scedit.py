@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..architectures import family
+from ..backbones.architectures import family
 from ..config import SCEditConfig
 from ..errors import UsageError
-from ..sites import Skip, skips
+from ..sites.wiring import Skip, skips
 from .base import Features, SkipTuner, known_conditions
 
 

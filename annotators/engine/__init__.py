@@ -1,0 +1,1 @@
+"""Annotating whole sets: listing, jobs, output, processes and clusters."""

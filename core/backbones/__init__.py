@@ -1,0 +1,1 @@
+"""Frozen bases: where they lie, loading, their families and known architectures."""

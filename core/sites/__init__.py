@@ -1,0 +1,1 @@
+"""Where tuners act on a denoiser, and how they are attached."""

@@ -1,0 +1,1 @@
+"""Training: what a step sees, its objective, the loop, and what happens between steps."""

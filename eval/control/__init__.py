@@ -1,0 +1,1 @@
+"""Adherence to a condition: one file per kind of condition."""

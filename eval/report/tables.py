@@ -1,0 +1,139 @@
+"""The report: a table for the terminal, a JSON file and a Markdown file beside the samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ...core.files import write_json, write_text
+from ..results import Figure, Results
+
+ARROWS = {"lower": "↓", "higher": "↑", "": ""}
+COSTS = {
+    "train_step_s": "training step, s",
+    "sample_step_s": "sampling step, s",
+    "train_peak_bytes": "training peak memory, MB",
+    "sample_peak_bytes": "sampling peak memory, MB",
+}
+
+
+WIDE = 55  # characters a folder's column, below which intervals stand under their figures
+INTERVALS = "[…, …]: 95 % interval over pictures"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits."""
+    return "–" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def shown(figure: Figure | None) -> str:
+    """A figure with its interval: 0.721 [0.70, 0.74]."""
+    if figure is None:
+        return "–"
+    bounds = figure.interval
+    return number(figure.value) + (f" [{bounds[0]:.3g}, {bounds[1]:.3g}]" if bounds else "")
+
+
+def figure_rows(results: Results) -> list[list[str]]:
+    """Name, a value with its interval a column, protocol id; a name with several protocols has as many rows."""
+    rows = []
+    for first, figures in results.rows():
+        values = [shown(figure) for figure in figures]
+        rows.append([f"{first.name} {ARROWS[first.better]}".strip(), *values, first.protocol_id])
+    return rows
+
+
+def cost_rows(profile: dict[str, Any]) -> list[list[str]]:
+    """Name, base, tuned, ratio of every cost."""
+    counts = profile["parameters"]
+    rows = [[f"parameters {key}", "", f"{counts[key]:,}", ""] for key in ("trainable", "stored")]
+    total = f"{counts['total'] / counts['base']:.4f}"
+    rows.append(["parameters total", f"{counts['base']:,}", f"{counts['total']:,}", total])
+    for key, name in COSTS.items():
+        scale = 1e-6 if key.endswith("bytes") else 1
+        pair = [profile[side].get(key) for side in ("base", "tuned")]
+        ratio = profile["ratio"].get(key)
+        shown = [number(value * scale if value is not None else None) for value in pair]
+        rows.append([name, *shown, number(ratio)])
+    return rows
+
+
+def show(results: Results, console: Console | None = None) -> None:
+    """Prints the tables and the faults; the notes were said on stderr and stand in the files."""
+    console = console or Console()
+    if results.columns:
+        table = _table(f"Evaluation of {results.target}", ["", *[_heading(c) for c in results.columns], "protocol"])
+        narrow = console.width < WIDE * len(results.columns)
+        for row in figure_rows(results):
+            table.add_row(*(cell.replace(" [", "\n[") if narrow else cell for cell in row))
+        console.print(table)
+        if any(figure.interval for column in results.columns for figure in column.figures):
+            console.print(INTERVALS, style="dim")
+    if results.profile:
+        protocol = results.profile["protocol"]
+        title = f"Costs of {results.profile['method']} on {protocol['device']}, batch {protocol['batch']}"
+        table = _table(title, ["", "base", "tuned", "ratio"])
+        for row in cost_rows(results.profile):
+            table.add_row(*row)
+        console.print(table)
+    for line in _fault_lines(results):
+        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _heading(column: Any) -> str:
+    return f"{column.label} (N={column.count})"
+
+
+def _table(title: str, headings: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index in (0, len(headings)) else "right")
+    return table
+
+
+def _fault_lines(results: Results, shown: int = 10) -> list[str]:
+    lines = [f"left out: {c.label}/{f['file']}: {f['reason']}" for c in results.columns for f in c.faults]
+    rest = len(lines) - shown
+    return [*lines[:shown], f"… and {rest} more, in evaluation.json"] if rest > 0 else lines
+
+
+def markdown(results: Results) -> str:
+    """The report as Markdown, protocols written out."""
+    lines = [f"# Evaluation of {results.target}", ""]
+    if results.columns:
+        lines += _markdown_table(["", *[_heading(c) for c in results.columns], "protocol"], figure_rows(results))
+        if any(figure.interval for column in results.columns for figure in column.figures):
+            lines += [f"{INTERVALS}.", ""]
+    if results.profile:
+        lines += ["## Costs", "", *_markdown_table(["", "base", "tuned", "ratio"], cost_rows(results.profile))]
+        lines += [f"- {key}: {value}" for key, value in results.profile["protocol"].items()] + [""]
+    extra = [*results.notes, *_fault_lines(results)]
+    if extra:
+        lines += ["## Notes", "", *[f"- {line}" for line in extra], ""]
+    figures = {f.protocol_id: f for column in results.columns for f in column.figures}
+    if figures:
+        lines += ["## Protocols", "", "Figures of different protocols must not be compared.", ""]
+        lines += [_protocol_line(figure) for figure in figures.values()] + [""]
+    return "\n".join(lines)
+
+
+def _markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
+    rule = [":--", *["--:"] * (len(headings) - 1)]
+    return [f"| {' | '.join(row)} |" for row in [headings, rule, *rows]] + [""]
+
+
+def _protocol_line(figure: Figure) -> str:
+    parts = "; ".join(f"{key} {value}" for key, value in figure.protocol.items())
+    return f"- `{figure.protocol_id}`: {parts}"
+
+
+def write(results: Results, folder: str | Path) -> tuple[Path, Path]:
+    """Writes evaluation.json and evaluation.md into `folder`, each as a whole or not at all; gives their paths."""
+    folder = Path(folder)
+    write_json(folder / "evaluation.json", results.to_json())
+    write_text(folder / "evaluation.md", markdown(results))
+    return folder / "evaluation.json", folder / "evaluation.md"

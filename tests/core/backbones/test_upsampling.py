@@ -1,0 +1,71 @@
+"""Upsampling in phases is diffusers' upsampling, and touches nothing but it."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
+
+from sctool.core.backbones.upsampling import PhaseUpsample2D, fold_upsampling
+
+
+def unet():
+    torch.manual_seed(0)
+    return (
+        UNet2DConditionModel(
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            attention_head_dim=4,
+        )
+        .requires_grad_(False)
+        .eval()
+    )
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (2, 3), (7, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_gradient_equal_the_originals(sides, bias):
+    torch.manual_seed(0)
+    original = Upsample2D(3, use_conv=True, out_channels=5, bias=bias).double().requires_grad_(False)
+    phases, x = PhaseUpsample2D(original), torch.randn(2, 3, *sides, dtype=torch.double, requires_grad=True)
+    expected, found = original(x), phases(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    g = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, x, g), torch.autograd.grad(expected, x, g), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_another_size_goes_the_original_way():
+    original = Upsample2D(3, use_conv=True).requires_grad_(False)
+    x = torch.randn(1, 3, 4, 4)
+    assert torch.equal(PhaseUpsample2D(original)(x, (7, 9)), original(x, (7, 9)))
+    assert PhaseUpsample2D(original)(x, torch.Size((8, 8))).shape == (1, 3, 8, 8)
+
+
+def test_a_unet_keeps_its_weights_keys_and_function():
+    net = unet()
+    state, x, text = copy.deepcopy(net.state_dict()), torch.randn(2, 4, 8, 8), torch.randn(2, 3, 8)
+    expected = net(x, 3, text).sample
+    assert (fold_upsampling(net), fold_upsampling(net)) == (1, 0)
+    assert state.keys() == net.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+    torch.testing.assert_close(net(x, 3, text).sample, expected)
+    net.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(copy.deepcopy(net)(x, 3, text).sample, expected)
+    odd = torch.randn(1, 4, 9, 7)
+    torch.testing.assert_close(net(odd, 3, text[:1]).sample, unet()(odd, 3, text[:1]).sample)
+
+
+def test_what_is_trained_or_hooked_stays():
+    net = unet().requires_grad_(True)
+    assert fold_upsampling(net) == 0
+    net.requires_grad_(False)
+    net.up_blocks[0].upsamplers[0].conv.register_forward_hook(lambda *_: None)
+    assert fold_upsampling(net) == 0
+    assert type(net.up_blocks[0].upsamplers[0]) is Upsample2D

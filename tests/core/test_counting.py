@@ -1,0 +1,92 @@
+"""The paper's parameter counts, to the last digit, on meta devices."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from sctool.cli.methods import methods
+from sctool.core.backbones.architectures import Architecture, architecture
+from sctool.core.counting import VARIANTS, count, counts
+from sctool.core.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return architecture("sd15")
+
+
+@pytest.fixture(scope="module")
+def unet(sd15):
+    return sd15.denoiser()
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("full fine-tuning", 859_520_964),
+        ("SC-Tuner", 19_680_000),
+        ("SC-Tuner, ratio 1/5", 3_943_680),
+        ("SC-Tuner, ratio 1/10", 1_976_640),
+        ("SC-Tuner, skips 0,11", 3_484_800),
+        ("SC-Tuner, skips 0,3,6,9,11", 7_790_080),
+        ("SC-Tuner, conv", 22_129_200),
+        ("SC-Tuner, ResPrefix", 21_636_480),
+        ("CSC-Tuner, kernel 1", 28_824_400),
+        ("CSC-Tuner, kernel 3", 99_111_760),
+        ("CSC-Tuner, skips 0,3,4,6,7,9,11", 17_139_280),
+        ("CSC-Tuner, dual conv", 37_821_136),
+        ("CSC-Tuner, 2 conditions", 2 * 28_824_400),
+    ],
+)
+def test_sd15(sd15, unet, label, expected):
+    assert count(sd15, next(variant for variant in VARIANTS if variant.label == label), unet) == expected
+
+
+@pytest.mark.slow
+def test_sdxl():
+    found = {row.variant.label: row for row in counts(architecture("sdxl"))}
+    assert found["full fine-tuning"].trainable == 2_567_463_684
+    assert found["SC-Tuner"].trainable == 9_841_920
+    assert found["SC-Tuner, ratio 1/10"].trainable == 989_376
+    assert found["CSC-Tuner, kernel 1"].trainable == 14_800_480
+    assert found["CSC-Tuner, kernel 3"].trainable == 45_930_080
+    assert found["SC-Tuner"].percent == pytest.approx(0.3833, abs=1e-4)
+    assert "SC-Tuner, skips 0,11" not in found  # SDXL has nine skips
+
+
+def test_the_command_on_a_folder(tiny_base, capsys):
+    methods(str(tiny_base), as_json=True)
+    table = json.loads(capsys.readouterr().out)
+    assert table["family"] == "sd"
+    found = {row["variant"]: row["trainable"] for row in table["methods"]}
+    assert found["SC-Tuner"] == sum(2 * c * c + 2 * c for c in [8] * 7 + [16] * 5)
+    methods(str(tiny_base))
+    assert f"{found['SC-Tuner']:,}" in capsys.readouterr().out
+
+
+def test_unknown_bases_are_named(tmp_path):
+    with pytest.raises(UsageError, match="Did you mean 'sdxl'"):
+        architecture("sdx")
+    with pytest.raises(UsageError, match="no diffusers-format folder"):
+        architecture(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"unet/config\.json"):
+        architecture(str(tmp_path))
+
+
+def test_family():
+    assert architecture("sdxl").family == "sdxl"
+    assert Architecture("own", {}, 4).family == "sd"
+
+
+@pytest.mark.slow
+def test_a_step_of_sc_tuner_takes_at_most_61_percent_of_full_fine_tunings_flops(sd15):
+    path = Path(__file__).parents[2] / "benchmarks" / "training.py"
+    spec = importlib.util.spec_from_file_location("benchmark_training", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    full, tuner = (benchmark.counted(sd15, benchmark.METHODS[name], 64, memory=False) for name in ("full", "SC-Tuner"))
+    assert full["gflop"] == pytest.approx(2469.8, abs=0.1)
+    assert tuner["gflop"] <= 0.61 * full["gflop"]

@@ -1,0 +1,141 @@
+"""Sampling: a seed gives one picture in any batch, files explain themselves, hints and tuners by flag."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sctool.cli import run
+from sctool.cli.sample import read_hints, split_scale
+from sctool.core.backbones.loading import Backbone, load_backbone
+from sctool.core.checkpoint import save_tuner
+from sctool.core.config import SampleConfig, SCEditConfig
+from sctool.core.errors import UsageError
+from sctool.core.sampling import Request, draw, initial_noise
+from sctool.core.tuners.scedit import SCEdit
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_base: Path) -> Backbone:
+    return load_backbone(str(tiny_base))
+
+
+@pytest.fixture(scope="module")
+def tuners(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tuner for each of two conditions, with random weights so that hints show."""
+    folder, files = tmp_path_factory.mktemp("tuners"), {}
+    for name in ("canny", "color"):
+        torch.manual_seed(len(files))
+        tuner = SCEdit.build(SCEditConfig(), backbone.denoiser, (name,), vae_scale=backbone.vae_scale)
+        with torch.no_grad():
+            for parameter in tuner.parameters():
+                parameter.normal_(0, 0.2)
+        files[name] = save_tuner(folder / name, tuner, backbone)
+    return files
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def map_file(folder: Path, seed: int, side: int = 32) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 2, (side, side), np.uint8) * 255
+    Image.fromarray(pixels).save(folder / f"map{seed}.png")
+    return folder / f"map{seed}.png"
+
+
+def test_noise_depends_on_the_seed_alone() -> None:
+    both = initial_noise([5, 9], (4, 8, 8))
+    assert torch.equal(both[1:], initial_noise([9], (4, 8, 8)))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "unipc"])
+def test_a_seed_gives_the_same_picture_in_any_batch(backbone: Backbone, scheduler: str) -> None:
+    requests = [Request("a cat", seed) for seed in range(3)]
+    config = SampleConfig(steps=3, batch=3, scheduler=scheduler)  # pyright: ignore[reportArgumentType]
+    together = [p for _, p in draw(backbone, requests, config)]
+    alone = [p for _, p in draw(backbone, requests, config.model_copy(update={"batch": 1}))]
+    for a, b in zip(together, alone, strict=True):
+        assert np.abs(a.astype(int) - b.astype(int)).max() <= 2
+
+
+def test_two_tuners_with_weighted_hints(
+    tuners: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hints = [f"--hint=canny={map_file(tmp_path, 0)}:0.7", f"--hint=color={map_file(tmp_path, 1)}:0.3"]
+    words = ["sample", "a cat", "--tuner", str(tuners["canny"]), "--tuner", f"{tuners['color']}:0.8", *hints]
+    assert run([*words, "--steps", "2", "--count", "2", "--out", str(tmp_path / "a"), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["sheets"] == [str(tmp_path / "a" / "sheet.png")]
+    row = json.loads((tmp_path / "a" / "metadata.jsonl").read_text().splitlines()[1])
+    assert (row["prompt"], row["seed"], sorted(row["hints"])) == ("a cat", 1, ["canny", "color"])
+    inside = json.loads(Image.open(tmp_path / "a" / "000000.png").info["sctool"])
+    assert inside["base"]["hash"]
+    assert [t["scale"] for t in inside["tuners"]] == [1.0, 0.8]
+    other = [*words[:-2], f"--hint=canny={map_file(tmp_path, 2)}:0.7", hints[1]]
+    assert run([*other, "--steps", "2", "--out", str(tmp_path / "b"), "--quiet"]) == 0
+    assert not np.array_equal(picture(tmp_path / "a" / "000000.png"), picture(tmp_path / "b" / "000000.png"))
+
+
+def test_prompts_from_a_file_with_their_own_hints(tuners: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"prompt": "one", "seed": 7, "hints": {"canny": map_file(tmp_path, 0).name}}, {"prompt": "two"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["sample", "--prompts", str(tmp_path / "prompts.jsonl"), "--tuner", str(tuners["canny"])]
+    assert run([*words, "--steps", "2", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    made = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [(m["prompt"], m["seed"], list(m["hints"])) for m in made] == [("one", 7, ["canny"]), ("two", 1, [])]
+
+
+def test_a_photograph_becomes_a_hint(tuners: dict[str, Path], tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)).save(tmp_path / "photo.jpg")
+    words = ["sample", "a cat", "--tuner", str(tuners["canny"]), f"--photo=canny={tmp_path / 'photo.jpg'}"]
+    assert run([*words, "--steps", "2", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert set(np.unique(picture(tmp_path / "out" / "canny" / "000000.png"))) <= {0, 255}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--hint=canny"], "NAME=FILE"),
+        (["--hint=canny=nowhere.png"], "no such file"),
+        (["--hint=cany={map}"], "Did you mean 'canny'?"),
+        (["--hint=canny={text}"], "no picture"),
+        (["--size=30"], "divisible by 8"),
+        (["--no-tuner"], "exclude"),
+        (["--scheduler=dpm"], "scheduler"),
+    ],
+)
+def test_wrong_words(
+    more: list[str], said: str, tuners: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    more = [m.format(map=map_file(tmp_path, 0), text=tmp_path / "text.png") for m in more]
+    words = ["sample", "a cat", "--tuner", str(tuners["canny"]), *more, "--steps", "2", "--out", str(tmp_path / "out")]
+    assert run(words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metadata.jsonl").exists()
+
+
+def test_tuner_of_another_base(
+    base_maker, tuners: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = base_maker(tmp_path / "other", seed=1)
+    words = ["sample", "a cat", "--tuner", str(tuners["canny"]), "--base", str(other), "--steps", "2", "--quiet"]
+    assert run([*words, "--out", str(tmp_path / "out")]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert run([*words, "--out", str(tmp_path / "out"), "--force"]) == 0
+
+
+def test_scale_after_a_colon() -> None:
+    assert split_scale("runs/a:0.5") == ("runs/a", 0.5)
+    assert split_scale("runs/a") == ("runs/a", 1.0)
+    assert split_scale("C:file") == ("C:file", 1.0)
+
+
+def test_a_hint_without_a_file() -> None:
+    with pytest.raises(UsageError, match="NAME=FILE"):
+        read_hints(["canny"], [], 32)
