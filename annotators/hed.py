@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from ..core.devices import best_device, torch_dtype
 from .base import Params
-from .networks.models import ModelAnnotator, ModelSettings, device, kept, on_device, torch_dtype
+from .networks.models import ModelAnnotator, ModelSettings, kept, on_device
 from .networks.weights import default
 
 
@@ -36,9 +37,9 @@ class EdgeAnnotator(ModelAnnotator):
         from .networks.edge_networks import load_edges
 
         def load() -> Any:
-            return load_edges(self.weights.path).to(device(), torch_dtype(self.dtype))
+            return load_edges(self.weights.path).to(best_device(), torch_dtype(self.dtype))
 
-        return kept(load, self.weights, self.dtype, device())
+        return kept(load, self.weights, self.dtype, best_device())
 
     def edges(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """float32 (H, W) in 0..1 of each uint8 (H, W, 3) picture, at its own size."""

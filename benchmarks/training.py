@@ -1,6 +1,6 @@
 """What a training step costs: SC-Tuner and CSC-Tuner against full fine-tuning, LoRA (peft) and ControlNet (diffusers).
 
-All on one SD 1.5 U-Net with random weights, paired in one run. FLOPs and bytes kept for backward are exact, counted on
+All on one SD 1.5 U-Net with random weights, paired in one run. FLOPs and bytes saved for backward are exact, counted on
 fake tensors at 512 px; time is process CPU time of forward and backward on one thread, without the optimizer, by
 default with frozen weights and activations in bfloat16, as the trainer runs on a GPU.
 
@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from sctool.core.backbones.architectures import KNOWN, Architecture
 from sctool.core.backbones.upsampling import fold_upsampling
 from sctool.core.config import SCEditConfig
+from sctool.core.devices import torch_dtype
 from sctool.core.files import write_text
+from sctool.core.measure import saved_bytes
 from sctool.core.sites.wiring import TunedBackbone
 from sctool.core.tuners.scedit import SCEdit
 
@@ -128,7 +131,6 @@ METHODS: dict[str, Callable[[UNet2DConditionModel], Method]] = {
     "CSC-Tuner k=3": scedit("hint", kernel=3),
     "ControlNet": controlnet,
 }
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TUNER, FULL, LORA = "SC-Tuner", "full", "LoRA r64 attention+FF"
 
 
@@ -148,10 +150,10 @@ def example(side: int, batch: int, width: int, dtype: torch.dtype = torch.float3
 def counted(
     base: Architecture, build: Callable[[UNet2DConditionModel], Method], side: int, memory: bool = True
 ) -> dict[str, float]:
-    """Trainable parameters, GFLOP of a step (batch 1), and MB kept for backward a sample (batch 2 less batch 1).
+    """Trainable parameters, GFLOP of a step (batch 1), MB of activations saved for backward per sample (batch 2 less 1).
 
     `memory` off leaves the last out. On fake tensors (shapes without storage), float32, eager; weights are not
-    counted as kept.
+    counted as saved.
     """
     with torch.device("meta"):
         method = build(base.denoiser())
@@ -163,28 +165,14 @@ def counted(
             for name, buffer in module._buffers.items():
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
         one, two = (example(side, batch, base.config["cross_attention_dim"]) for batch in (1, 2))
-        kept = kept_bytes(method, two) - kept_bytes(method, one) if memory else 0
+        saved = [saved_bytes(method, partial(method.predict, inputs)) for inputs in (one, two)] if memory else [0, 0]
         with FlopCounterMode(display=False) as counter:
             method.step(one)
-    return {"trainable": method.trainable(), "gflop": counter.get_total_flops() / 1e9, "kept_mb": kept / 1e6}
-
-
-def kept_bytes(method: Method, inputs: Inputs) -> int:
-    """Bytes that autograd keeps for one backward pass; each storage once, weights excluded."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*method.parameters(), *method.buffers())}
-    kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in own:
-            kept.setdefault(storage, tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        prediction = method.predict(inputs)
-        total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    del prediction
-    return total
+    return {
+        "trainable": method.trainable(),
+        "gflop": counter.get_total_flops() / 1e9,
+        "saved_mb": (saved[1] - saved[0]) / 1e6,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- time
@@ -226,13 +214,13 @@ def paired(seconds: dict[str, list[float]], name: str, reference: str) -> float:
 
 def report(figures: dict[str, dict[str, float]], seconds: dict[str, list[float]], protocol: str) -> str:
     """The figures as a Markdown page."""
-    head = ["method", "trainable", "GFLOP a step", "vs full", "kept MB a sample", "vs full"]
-    head += ["CPU s a step", "vs full", "vs LoRA attention+FF"] if seconds else []
+    head = ["method", "trainable", "GFLOP per step", "vs full", "saved MB per sample", "vs full"]
+    head += ["CPU s per step", "vs full", "vs LoRA attention+FF"] if seconds else []
     lines = ["# What a training step costs", "", protocol, ""]
     lines += ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name, row in figures.items():
         cells = [name, f"{row['trainable']:,.0f}"]
-        for key, form in (("gflop", ",.1f"), ("kept_mb", ",.0f")):
+        for key, form in (("gflop", ",.1f"), ("saved_mb", ",.0f")):
             cells += [format(row[key], form), f"{row[key] / figures[FULL][key]:.3f}"]
         if seconds:
             cells += [f"{statistics.median(seconds[name]):.2f}"]
@@ -268,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-time", action="store_true", help="FLOPs and bytes only")
     parser.add_argument("--repeats", type=int, default=5, help="paired repeats")
     parser.add_argument("--side", type=int, default=64, help="latent side for the timed part (64 is 512 px)")
-    parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of the timed part")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the timed part")
     parser.add_argument("--tiny", action="store_true", help="a tiny U-Net, to try the benchmark itself")
     given = parser.parse_args(arguments)
 
@@ -277,7 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
     small = {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 8, "attention_head_dim": 4}
     base = Architecture("sd15", {**KNOWN["sd15"], **(small if given.tiny else {})}, 8)
     figures = {name: counted(base, build, 64) for name, build in METHODS.items()}
-    seconds = {} if given.no_time else timed(base, list(METHODS), given.side, given.repeats, DTYPES[given.precision])
+    seconds = (
+        {} if given.no_time else timed(base, list(METHODS), given.side, given.repeats, torch_dtype(given.precision))
+    )
     protocol = (
         f"SD 1.5 U-Net{' (TINY: figures mean nothing)' if given.tiny else ''}, random weights, eager. FLOPs "
         "and bytes: float32, 64x64 latents (512 px), batch 1, counted on fake tensors (2 FLOPs a multiply-add; "

@@ -97,10 +97,10 @@ def sample(
 
     from ..core.backbones.loading import load_backbone
     from ..core.checkpoint import load_tuner, read_meta, tuner_file
+    from ..core.devices import best_device
     from ..core.progress import Progress
     from ..core.sampling import draw, protocol, write_samples
     from ..core.sites.wiring import tuned
-    from ..eval.heldout import best_device
 
     chosen = [] if no_tuner else [split_scale(text) for text in tuner or [str(find_run(None).path)]]
     base = base or (read_meta(tuner_file(chosen[0][0]))["base"]["id"] if chosen else "mini")

@@ -68,12 +68,13 @@ def train(
     settings = resolve(TrainConfig, preset_name=preset, file=config, flags=flags, pairs=pairs or ())
     check_names(settings)
 
+    from ..annotators.training_sets import open_training_sets
     from ..core.backbones.bases import resolution
     from ..core.runs import open_run
-    from ..eval.heldout import adherence, open_data
+    from ..eval.heldout import adherence
 
     trained_size = settings.size or resolution(settings.base, offline)
-    source, held_out, made = open_data(settings, trained_size, strict=strict, quiet=quiet)
+    source, held_out, made = open_training_sets(settings, trained_size, strict=strict, quiet=quiet)
     if dry_run:
         from ..core.training.plan import plan, show_plan
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.data.images import BadImage
+from ..core.devices import best_device
 from ..core.errors import SctoolError, UsageError
 from ..core.progress import Progress
 from .clip_score import ClipScore
@@ -16,7 +17,7 @@ from .features.choosing import Extractor
 from .features.clip_models import ClipModel
 from .features.clip_weights import choose_clip
 from .flags import check_flags
-from .heldout import best_device, held_out, sample_heldout
+from .heldout import held_out, sample_heldout
 from .intervals import BOOTSTRAP
 from .options import SETS, Options
 from .results import Column, Figure, Picture, Results

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..annotators.engine.ondemand import ensure_maps
+from ..annotators.training_sets import open_training_sets
 from ..core.config import SampleConfig, TrainConfig
-from ..core.data.check import check
 from ..core.data.records import Record, Source
-from ..core.data.sources import open_source
+from ..core.devices import best_device
 from ..core.errors import SctoolError, UsageError
 from ..core.files import write_json
 from ..core.progress import Progress
@@ -20,39 +19,9 @@ from ..core.runs import Run
 if TYPE_CHECKING:
     from ..core.sampling import Request
 
-FAULTS_SHOWN = 20
 SHOWN = 8  # rows of the sheet that shows hint, base and tuned side by side
 DRAWN = "heldout.json"
 EVALUATED = ("test", "validation", "val")  # test rows first: the run itself looked at the validation rows
-
-
-def open_data(
-    config: TrainConfig, size: int, *, strict: bool = False, quiet: bool = False
-) -> tuple[Source, Source | None, dict[str, Any]]:
-    """The training set, the held-out set of `--val-data` if any, and how each condition's maps were made.
-
-    Weight-free maps that the set lacks are made at `size` px and kept in the cache. Faults are listed, all in one pass;
-    `strict` decodes every picture and turns any fault into a `SctoolError`.
-    """
-    progress = Progress(quiet)
-    made: dict[str, Any] = {}
-    ready = []
-    for path in filter(None, (config.data, config.val_data)):
-        source = open_source(path, config.maps)
-        if config.conditions:
-            source, how = ensure_maps(source, config.cond, size)
-            made |= how
-        faults = check(source, conds=config.conditions, need_text=not config.trigger, deep=strict, size=size)
-        for fault in faults[:FAULTS_SHOWN]:
-            progress.note(str(fault))
-        if faults:
-            rest = f", the first {FAULTS_SHOWN} of them above" if len(faults) > FAULTS_SHOWN else ""
-            message = f"{len(faults)} faults in {source.name}{rest}"
-            if strict:
-                raise SctoolError(f"{message}. Mend them, or leave --strict out to train on the rest.")
-            progress.note(f"{message}; going on with the rest. --strict decodes every picture and refuses instead.")
-        ready.append(source)
-    return ready[0], ready[1] if len(ready) > 1 else None, made
 
 
 def evaluation_records(source: Source, held_out: Source | None, config: TrainConfig) -> list[Record]:
@@ -100,7 +69,7 @@ def sample_heldout(
     sampling = sampling or SampleConfig(guidance=config.guidance)
     size = sampling.size or config.size or backbone.resolution
     sampling = sampling.model_copy(update={"size": size})
-    source, held_out, _ = open_data(config, size, quiet=quiet)
+    source, held_out, _ = open_training_sets(config, size, quiet=quiet)
     geometry = Geometry(size)
     requests: list[Request] = []
     for record in evaluation_records(source, held_out, config):
@@ -187,13 +156,6 @@ def side_by_side(folders: Sequence[Path], requests: Sequence[Request], count: in
     headings = [*requests[0].hints, *(folder.name for folder in folders)]
     save_png(sheet(rows, headings, [r.prompt[:60] for r in shown.values()], title), path)
     return path
-
-
-def best_device() -> str:
-    """ "cuda" where there is one, else "cpu"."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def adherence(

@@ -7,85 +7,16 @@ of a batch doubled for guidance, its hint already encoded, as in every step afte
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import resource
-import statistics
-import sys
 import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..core.measure import PATIENCE, PeakMemory, in_turns
 from ..core.runs import Run
 
 STEPS = 2
-REPEATS = 5
-PATIENCE = 60.0
-"""Seconds after which no further repeat is begun."""
-ROUNDS = 3
-"""Repeats that are made however long they take."""
-
-
-class Memory:
-    """Peak bytes of one piece of work: allocated on the GPU, resident in the process on a CPU."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.kind = "cuda allocated" if device == "cuda" else "resident set"
-
-    def of(self, work: Callable[[], object]) -> int | None:
-        """Peak in bytes while `work` runs; None where the system cannot reset the process's high-water mark."""
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            work()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated()
-        if not _reset_peak():
-            return None
-        work()
-        return _peak_resident()
-
-
-def _reset_peak() -> bool:
-    """Gives freed memory back to the system and resets the resident set's high-water mark (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _peak_resident() -> int:
-    """VmHWM in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def in_turns(
-    works: dict[str, Callable[[], float]], repeats: int = REPEATS, patience: float = PATIENCE
-) -> dict[str, float]:
-    """Median of the seconds that each piece of work gives; they take turns, so that a busy machine slows all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():  # the first run pays for allocations
-        work()
-    began = time.perf_counter()
-    for number in range(repeats):
-        if number >= min(ROUNDS, repeats) and time.perf_counter() - began > patience:
-            break
-        for name in works if number % 2 == 0 else reversed(works):
-            seconds[name].append(works[name]())
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 class _Bench:
@@ -172,7 +103,7 @@ def profile(
         found[name]["train_step_s"] = seconds
     for name, seconds in in_turns(samplings, patience=patience).items():
         found[name]["sample_step_s"] = seconds
-    memory = Memory(device)
+    memory = PeakMemory(device)
     for name in models:
         found[name]["train_peak_bytes"] = memory.of(trains[name])
         found[name]["sample_peak_bytes"] = memory.of(samplings[name])

@@ -16,12 +16,12 @@ import numpy as np
 from pydantic import Field
 
 from ...core.config import Config
+from ...core.devices import best_device, torch_dtype
 from ...core.errors import SctoolError, UsageError
 from ..base import Annotator, Params
 from .weights import Found, locate
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 PASS = 512 * 512
@@ -65,7 +65,7 @@ class ModelAnnotator(Annotator):
     def dtype(self) -> str:
         """The arithmetic that `dtype` means on this machine: fp32, bf16 or fp16."""
         wanted = self.network_settings.dtype
-        return (self.half if device() == "cuda" else "fp32") if wanted == "auto" else wanted
+        return (self.half if best_device() == "cuda" else "fp32") if wanted == "auto" else wanted
 
     @property
     def made_by(self) -> dict[str, Any]:
@@ -133,26 +133,12 @@ def grouped(keys: Sequence[Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-def device() -> str:
-    """Where networks run: "cuda" where there is one, else "cpu"."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """fp32, bf16 or fp16 as torch's dtype."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
 def on_device(images: Sequence[np.ndarray]) -> Tensor:
     """uint8 (H, W, 3) pictures of one size as one uint8 (N, 3, H, W) on the device."""
     import torch
 
     stack = torch.from_numpy(np.stack(images)) if len(images) > 1 else torch.from_numpy(np.array(images[0])[None])
-    return stack.to(device()).permute(0, 3, 1, 2)
+    return stack.to(best_device()).permute(0, 3, 1, 2)
 
 
 class Transformer:
@@ -200,7 +186,7 @@ def load_transformer(
     def load() -> Transformer:
         return _load_transformer(what, found.path, dtype, architectures, options)
 
-    return kept(load, found, dtype, device(), architectures)
+    return kept(load, found, dtype, best_device(), architectures)
 
 
 def kept(load: Callable[[], Any], found: Found, *key: Hashable) -> Any:
@@ -241,4 +227,4 @@ def _load_transformer(
             f"{what}: {folder} cannot be loaded ({str(error).strip().splitlines()[0]}). It is damaged or no folder "
             "in transformers' format; what came from the hub is checked by: sctool weights verify"
         ) from error
-    return Transformer(network.eval().requires_grad_(False).to(device()), processor, folder)
+    return Transformer(network.eval().requires_grad_(False).to(best_device()), processor, folder)

@@ -12,37 +12,22 @@ from ..backbones.upsampling import fold_upsampling
 from ..config import TrainConfig
 from ..data.prepared import plan as cache_plan
 from ..data.records import Source
+from ..devices import choose_precision, torch_dtype
+from ..measure import saved_bytes
 from ..sites.wiring import TunedBackbone, skips
-from .train import DTYPES, build_tuner, choose_precision, split_records
+from .train import build_tuner, split_records
 
 
-def saved_bytes(model: TunedBackbone, backbone: Backbone, conds: tuple[str, ...], size: int) -> int:
-    """Bytes that autograd keeps for backward for one picture, counted on the meta device; weights excluded."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            storages[storage._cdata] = storage.nbytes()
-            kept.append(tensor)  # alive, so that no address is used twice
-        return tensor
-
-    kept: list[torch.Tensor] = []
+def activation_bytes(model: TunedBackbone, backbone: Backbone, conds: tuple[str, ...], size: int) -> int:
+    """Bytes of activations saved for backward per image, counted on the meta device in float32."""
     side = size // backbone.vae_scale
     config = model.denoiser.config
     text: dict[str, torch.Tensor] = {"prompt_embeds": torch.empty(1, 77, config.cross_attention_dim, device="meta")}
     if backbone.family == "sdxl":
         text |= {"pooled": torch.empty(1, 1280, device="meta"), "time_ids": torch.empty(1, 6, device="meta")}
     hints = {name: torch.empty(1, 3, size, size, device="meta") for name in conds}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(
-            torch.empty(1, config.in_channels, side, side, device="meta"),
-            torch.zeros(1, device="meta"),
-            text,
-            hints or None,
-        )
-    return sum(storages.values())
+    latents = torch.empty(1, config.in_channels, side, side, device="meta")
+    return saved_bytes(model, lambda: model(latents, torch.zeros(1, device="meta"), text, hints or None))
 
 
 def plan(
@@ -61,13 +46,13 @@ def plan(
     tuner = build_tuner(config, backbone)
     trainable = sum(p.numel() for p in tuner.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in backbone.denoiser.parameters())
-    width = torch.finfo(DTYPES[precision]).bits // 8
+    width = torch.finfo(torch_dtype(precision)).bits // 8
     meta = TunedBackbone(copy.deepcopy(backbone.denoiser).to("meta"), copy.deepcopy(tuner).to("meta"))
     if tuner.kind == "skips":
         fold_upsampling(meta.denoiser)
     if config.checkpointing:
         meta.denoiser.enable_gradient_checkpointing()
-    activations = saved_bytes(meta, backbone, config.conditions, size) * width // 4
+    activations = activation_bytes(meta, backbone, config.conditions, size) * width // 4
     held = frozen + sum(buffer.numel() for buffer in meta.denoiser.buffers())
     whole = activations * config.batch + held * width + trainable * 4 * (4 + bool(config.ema))
     sites = [f"skip {s.index} ({s.channels})" for s in getattr(tuner, "sites", [])] or [f"all {frozen:,} weights"]

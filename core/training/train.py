@@ -7,7 +7,6 @@ they are put in order.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +23,9 @@ from ..checkpoint import load_tuner, save_tuner
 from ..config import TrainConfig
 from ..data.prepared import PreparedSet, prepare
 from ..data.records import Record, Source
+from ..devices import choose_precision, torch_dtype
 from ..errors import Interrupted, SctoolError, UsageError
+from ..measure import peak_so_far
 from ..progress import Progress
 from ..runs import Run
 from ..signals import Stop
@@ -59,18 +60,6 @@ def split_records(source: Source, held_out: Source | None, config: TrainConfig) 
     return [r for i, r in enumerate(source.records) if i not in chosen], [source.records[i] for i in sorted(chosen)]
 
 
-def choose_precision(wanted: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the GPU has it, fp16 on older GPUs and fp32 on a CPU."""
-    if wanted != "auto":
-        return wanted
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
     """The untrained tuner of `config`, or the one in `config.init` to go on from.
 
@@ -90,13 +79,6 @@ def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
             f"this run asks for {config.method} with {list(config.conditions)} and {settings}."
         )
     return tuner
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory so far in GB: allocated on the GPU, resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -125,7 +107,7 @@ def train(
         raise UsageError(f"batch={config.batch} cannot be shared evenly among {world} processes.")
     precision = choose_precision(config.precision, device)
     progress = Progress(quiet or not accelerator.is_main_process)
-    backbone = load_backbone(config.base, dtype=DTYPES[precision], device=device, offline=offline)
+    backbone = load_backbone(config.base, dtype=torch_dtype(precision), device=device, offline=offline)
     size = config.size or backbone.resolution
     train_records, val_records = split_records(source, held_out, config)
 
@@ -144,7 +126,7 @@ def train(
 
     tuner = build_tuner(config, backbone)
     autocast = tuner.kind == "weights" or precision == "fp16"  # fp32 masters in the forward pass need it
-    dtype = torch.float32 if autocast else DTYPES[precision]
+    dtype = torch.float32 if autocast else torch_dtype(precision)
     validator = Validator(config, run, backbone, val, measures or {}, progress) if accelerator.is_main_process else None
     if validator:
         validator.draw_base()
@@ -171,7 +153,7 @@ def train(
     share, latent = shares(config.batch, rank, world), tuple(data[0]["mean"].shape)
 
     def losses(net: torch.nn.Module, batch: Mapping[str, Any], d: Draw, snr_gamma: float | None) -> torch.Tensor:
-        with torch.autocast(device.type, DTYPES[precision], enabled=autocast and precision != "fp32"):
+        with torch.autocast(device.type, torch_dtype(precision), enabled=autocast and precision != "fp32"):
             return sample_losses(
                 net, batch, d, data.empty_text, scheduler, device=device, dtype=dtype, snr_gamma=snr_gamma,
                 time_ids=backbone.time_ids(len(d.t), size),
@@ -247,7 +229,7 @@ def train(
                     "grad_norm": float(norm),
                 }
                 logger.row({**figures_of(figures, "step", "loss", "lr", "grad_norm"), "seconds": round(seconds, 4)})
-            bar(done, figures.get("loss"), peak_memory(device))
+            bar(done, figures.get("loss"), peak_so_far(device) / 1e9)
             wish = agreed_signal(stop.signal, world)
             if done % config.save_every == 0 or wish or done == config.steps:
                 save(done)
@@ -263,7 +245,7 @@ def train(
                 logger.row({"step": done, **figures_of(figures, "val")})
                 clock = time.perf_counter()
         logger.close()
-    figures |= {"steps": config.steps, "peak_memory_gb": round(peak_memory(device), 3), "precision": precision}
+    figures |= {"steps": config.steps, "peak_memory_gb": round(peak_so_far(device) / 1e9, 3), "precision": precision}
     if accelerator.is_main_process:
         with averaged(ema, parameters):
             save_tuner(run.tuner, tuner, backbone, maps=dict(map_meta or {}), run=run.name)

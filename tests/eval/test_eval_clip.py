@@ -117,7 +117,7 @@ def test_scores_merge() -> None:
 def test_which_model_is_taken(
     mini: MiniClip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, open_model: Path
 ) -> None:
-    for module in ("clip_weights", "features"):
+    for module in ("features.clip_weights", "features.choosing"):
         monkeypatch.setattr(f"sctool.eval.{module}.mini_at_hand", lambda: True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: None)

@@ -288,7 +288,8 @@ def test_a_run_is_sampled_first_and_only_once(run: Run) -> None:
 def test_profile_counts_and_takes_turns(run: Run, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sctool.core.backbones.loading import load_backbone
     from sctool.core.checkpoint import load_tuner
-    from sctool.eval.profile import in_turns, profile
+    from sctool.core.measure import in_turns
+    from sctool.eval.profile import profile
 
     found = profile(run, batch=2, patience=0)
     tuner = load_tuner(run.tuner, load_backbone(str(tiny_base)))

@@ -30,11 +30,12 @@ def config(base: Path, data: Path, **more: object) -> TrainConfig:
 
 
 def trained(out: Path, settings: TrainConfig, name: str = "run") -> Run:
+    from sctool.annotators.training_sets import open_training_sets
     from sctool.core.training.train import train
-    from sctool.eval.heldout import adherence, open_data
+    from sctool.eval.heldout import adherence
 
     run = open_run(out, name, settings)
-    source, held_out, made = open_data(settings, 32, quiet=True)
+    source, held_out, made = open_training_sets(settings, 32, quiet=True)
     train(settings, run, source, held_out=held_out, measures=adherence(settings.cond, made), map_meta=made, quiet=True)
     return run
 
