@@ -150,7 +150,7 @@ def example(side: int, batch: int, width: int, dtype: torch.dtype = torch.float3
 def counted(
     base: Architecture, build: Callable[[UNet2DConditionModel], Method], side: int, memory: bool = True
 ) -> dict[str, float]:
-    """Trainable parameters, GFLOP of a step (batch 1), MB of activations saved for backward per sample (batch 2 less 1).
+    """Trainable parameters, GFLOP of a step (batch 1), MB saved for backward per sample (batch 2 minus 1)
 
     `memory` off leaves the last out. On fake tensors (shapes without storage), float32, eager; weights are not
     counted as saved.
