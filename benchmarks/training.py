@@ -34,7 +34,7 @@ from sctool.core.config import SCEditConfig
 from sctool.core.devices import torch_dtype
 from sctool.core.files import write_text
 from sctool.core.measure import saved_bytes
-from sctool.core.sites.wiring import TunedBackbone
+from sctool.core.sites.attaching import TunedBackbone
 from sctool.core.tuners.scedit import SCEdit
 
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
@@ -85,11 +85,10 @@ def scedit(*conditions: str, fold: bool = True, **settings: object) -> Callable[
     """SC-Tuner, or CSC-Tuner with conditions, on a U-Net whose upsampling is folded as the trainer does it."""
 
     def build(net: UNet2DConditionModel) -> Method:
-        net.requires_grad_(False)
-        if fold:
-            fold_upsampling(net)
         tuner = SCEdit.build(SCEditConfig(**settings), net, conditions)
         model = TunedBackbone(net, tuner)
+        if fold:
+            fold_upsampling(net)
         names = dict.fromkeys(conditions)
         return Method(
             model,

@@ -31,7 +31,7 @@ def methods(
     table = [
         {
             "variant": row.variant.label,
-            "method": row.variant.method,
+            "method": row.method,
             "settings": dict(row.variant.settings),
             "conditions": row.variant.conditions,
             "trainable": row.trainable,
@@ -39,7 +39,7 @@ def methods(
         }
         for row in rows
     ]
-    print(json.dumps({"base": base, "family": found.family, "methods": table}))
+    print(json.dumps({"base": base, "family": found.family.name, "methods": table}))
 
 
 def _show(base: str, rows: list) -> None:
@@ -56,7 +56,7 @@ def _show(base: str, rows: list) -> None:
     for name in ("trainable", "% of base"):
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(row.variant.label, row.variant.method, f"{row.trainable:,}", f"{row.percent:.2f}")
+        table.add_row(row.variant.label, row.method, f"{row.trainable:,}", f"{row.percent:.2f}")
     console = Console()
     console.print(table)
     for name, row in TUNERS.items():

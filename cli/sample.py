@@ -11,6 +11,8 @@ import typer
 from ..core.errors import UsageError
 
 if TYPE_CHECKING:
+    from ..core.backbones.loading import Backbone
+    from ..core.progress import Progress
     from ..core.sampling import Request
 
 
@@ -36,7 +38,7 @@ def sample(
     no_normalize: Annotated[
         bool, typer.Option("--no-normalize", help="Take the condition weights as they are, not scaled to a sum of 1.")
     ] = False,
-    count: Annotated[int | None, typer.Option(help="Pictures a prompt, or held-out pictures to draw.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Images per prompt, or held-out images to draw.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++ or unipc. \\[default: ddim]")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps. \\[default: 50]")] = None,
@@ -99,8 +101,8 @@ def sample(
     from ..core.checkpoint import load_tuner, read_meta, tuner_file
     from ..core.devices import best_device
     from ..core.progress import Progress
-    from ..core.sampling import draw, protocol, write_samples
-    from ..core.sites.wiring import tuned
+    from ..core.sampling import sample_images, sampling_protocol, write_samples
+    from ..core.sites.attaching import tuned
 
     chosen = [] if no_tuner else [split_scale(text) for text in tuner or [str(find_run(None).path)]]
     base = base or (read_meta(tuner_file(chosen[0][0]))["base"]["id"] if chosen else "mini")
@@ -110,6 +112,7 @@ def sample(
     tuners = [load_tuner(name, backbone, force=force) for name, _ in chosen]
     maps, weights = read_hints(hint or [], photo or [], config.size)
     requests = read_requests(prompts or [], prompts_file, count or 1, seed, maps, config.size)
+    say_what_is_cut(backbone, requests, Progress(quiet))
     used = [
         {"method": t.method, "file": n, "scale": s, "weights": weights}
         for t, (n, s) in zip(tuners, chosen, strict=True)
@@ -125,8 +128,20 @@ def sample(
             normalize=False if no_normalize else None,
         ),
     ):
-        write_samples(folder, draw(backbone, requests, config, advance), protocol(backbone, config, used))
+        write_samples(
+            folder, sample_images(backbone, requests, config, advance), sampling_protocol(backbone, config, used)
+        )
     report([folder / "sheet.png"], as_json)
+
+
+def say_what_is_cut(backbone: Backbone, requests: list[Request], progress: Progress) -> None:
+    """Tells how many prompts are longer than the text encoder reads."""
+    prompts = {request.prompt for request in requests}
+    cut = sum(backbone.too_long(prompt) for prompt in prompts)
+    if cut:
+        progress.note(
+            f"{cut} of {len(prompts)} prompts are longer than the text encoder reads; the rest of each is ignored"
+        )
 
 
 def report(sheets: list[Path], as_json: bool) -> None:

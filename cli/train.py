@@ -76,10 +76,10 @@ def train(
     trained_size = settings.size or resolution(settings.base, offline)
     source, held_out, made = open_training_sets(settings, trained_size, strict=strict, quiet=quiet)
     if dry_run:
-        from ..core.training.plan import plan, show_plan
+        from ..core.training.plan import plan_run, show_plan
 
-        figures = plan(settings, source, held_out, offline=offline)
-        print(json.dumps(figures) if as_json else show_plan(figures))
+        plan = plan_run(settings, source, held_out, offline=offline)
+        print(json.dumps(plan) if as_json else show_plan(plan))
         return
 
     from ..core.training.train import train as run_training
@@ -87,7 +87,7 @@ def train(
     run = open_run(out, name, settings)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one holds the run and speaks
     with run.locked() if first else nullcontext():
-        figures = run_training(
+        summary = run_training(
             settings, run, source, held_out=held_out, map_meta=made,
             measures=adherence(settings.conditions, made, quiet=quiet or not first),
             offline=offline, quiet=quiet,
@@ -95,11 +95,10 @@ def train(
     if not first:
         return
     if as_json:
-        print(json.dumps({"run": str(run.path), "tuner": str(run.tuner), **figures}))
+        print(json.dumps({"run": str(run.path), "tuner": str(run.tuner), **summary.to_json()}))
     else:
-        print(
-            f"{run.tuner}  ({figures['steps']} steps" + (f", loss {figures['loss']:.4f})" if "loss" in figures else ")")
-        )
+        loss = f", loss {summary.last.loss:.4f}" if summary.last else ""
+        print(f"{run.tuner}  ({summary.steps} steps{loss})")
 
 
 def check_names(settings: TrainConfig) -> None:

@@ -75,10 +75,10 @@ def describe(tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = 
         "config": tuner.config.model_dump(mode="json"),
         "conditions": list(tuner.conditions),
         "maps": dict(maps or {}),
-        "base": {"id": backbone.id, "hash": backbone.hash, "family": backbone.family},
+        "base": {"id": backbone.id, "hash": backbone.hash, "family": backbone.family.name},
         "licence": backbone.licence,
         "vae_scale": tuner.vae_scale,
-        "skips": {str(site.index): site.channels for site in getattr(tuner, "sites", ())},
+        **tuner.site_metadata(),
         "parameters": sum(p.numel() for p in tuner.parameters()),
     }
 

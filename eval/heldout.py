@@ -26,7 +26,7 @@ EVALUATED = ("test", "validation", "val")  # test rows first: the run itself loo
 
 def evaluation_records(source: Source, held_out: Source | None, config: TrainConfig) -> list[Record]:
     """Records that training never saw: the held-out set, else rows marked test, else what training held out."""
-    from ..core.training.train import split_records
+    from ..core.training.splits import split_records
 
     if held_out is not None:
         return list(held_out.records)
@@ -60,8 +60,8 @@ def sample_heldout(
     from ..core.checkpoint import load_tuner
     from ..core.data.conditions import condition
     from ..core.data.images import BadImage, Geometry, decode_map, decode_rgb
-    from ..core.sampling import Request, draw, protocol, write_samples
-    from ..core.sites.wiring import tuned
+    from ..core.sampling import Request, sample_images, sampling_protocol, write_samples
+    from ..core.sites.attaching import tuned
 
     config = run.config
     _data_there(run)
@@ -99,15 +99,17 @@ def sample_heldout(
         with progress.counting(len(requests), f"sampling {kind}") as advance:
             if kind == "base":
                 bare = [Request(r.prompt, r.seed) for r in requests]
-                pictures = (p for _, p in draw(backbone, bare, sampling, advance))
+                pictures = (p for _, p in sample_images(backbone, bare, sampling, advance))
                 drawn = ((request, picture) for request, picture in zip(requests, pictures, strict=True))
-                write_samples(folder, drawn, protocol(backbone, sampling))
+                write_samples(folder, drawn, sampling_protocol(backbone, sampling))
             else:
                 tuner = load_tuner(run.path, backbone)
                 used = {"method": tuner.method, "run": run.name, "scale": scale}
                 with tuned(backbone.denoiser, tuner, scales=scale):
                     write_samples(
-                        folder, draw(backbone, requests, sampling, advance), protocol(backbone, sampling, [used])
+                        folder,
+                        sample_images(backbone, requests, sampling, advance),
+                        sampling_protocol(backbone, sampling, [used]),
                     )
         folders.append(folder)
     write_json(parent / DRAWN, {"asked": count, "drawn": len(requests)})

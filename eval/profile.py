@@ -29,10 +29,8 @@ class _Bench:
         device = backbone.device
         self.latents = torch.randn((batch, channels, side, side), generator=g).to(device)
         self.t = torch.full((batch,), 500, device=device)
-        self.text = dict(backbone.encode_text(["a photo"] * batch))
-        ids = backbone.time_ids(batch, size)
-        if ids is not None:
-            self.text["time_ids"] = ids
+        self.text = dict(backbone.encode_prompts(["a photo"] * batch))
+        self.text |= backbone.family.size_rows(batch, size, device)
         edges = (torch.rand((batch, 3, size, size), generator=g) > 0.9).float().to(device)
         self.hints = {name: edges for name in tuner.conditions} or None
         # Doubled tensors are made once: the hint is encoded again only when another tensor comes.
@@ -74,7 +72,7 @@ class _Bench:
         return time.perf_counter()
 
     def _model(self, tuned: bool) -> Any:
-        from ..core.sites.wiring import TunedBackbone
+        from ..core.sites.attaching import TunedBackbone
 
         return TunedBackbone(self.denoiser, *([self.tuner] if tuned else []))
 
@@ -136,6 +134,6 @@ def parameters(denoiser: torch.nn.Module, tuner: Any) -> dict[str, int]:
         "trainable": own,
         "stored": sum(value.numel() for value in tuner.state_dict().values()),
         "base": base,
-        # A tuner of weights stands in their place; one of skips is added to them.
-        "total": base if tuner.kind == "weights" else base + own,
+        # Weights that replace the denoiser's are not added to them.
+        "total": base if tuner.replaces_weights else base + own,
     }

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError, unknown
+from ..errors import unknown
+from .bases import EMBEDDED, downsampling_factor, family_of_base, find_base, read_config
+from .families import Family, family_of_denoiser
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from torch import nn
 
 KNOWN: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -39,45 +40,35 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A base's shapes: the U-Net's diffusers config and the pixels to one latent pixel along a side."""
+    """A base's shapes: its denoiser's diffusers config and its autoencoder's downsampling factor."""
 
     name: str
     config: Mapping[str, Any]
     vae_scale: int
 
     @property
-    def family(self) -> str:
-        """Its family, "sd" or "sdxl"."""
-        return family(self.config)
+    def family(self) -> Family:
+        """The family that its denoiser is of."""
+        return family_of_denoiser(self.config)
 
-    def denoiser(self, device: str = "meta") -> UNet2DConditionModel:
-        """The U-Net; on the meta device it has shapes and no storage, elsewhere random weights."""
+    def denoiser(self, device: str = "meta") -> nn.Module:
+        """The denoiser; on the meta device it has shapes and no storage, elsewhere random weights."""
         import torch
-        from diffusers import UNet2DConditionModel
 
         with torch.device(device):
-            return UNet2DConditionModel.from_config(dict(self.config)).eval()
-
-
-def family(config: Mapping[str, Any]) -> str:
-    """ "sdxl" for a U-Net with SDXL's pooled text and size conditioning, else "sd"."""
-    return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd"
+            return self.family.build_denoiser(self.config).eval()
 
 
 def architecture(base: str) -> Architecture:
     """The shapes of `base`: sd15, sd21, sdxl, mini, a diffusers folder or a downloaded hub id. Reads no weights.
 
-    Raises `UsageError` for what is none of them, naming the nearest.
+    Raises `UsageError` for anything else, naming the nearest.
     """
     if base in KNOWN:
         return Architecture(base, KNOWN[base], 8)
-    if base != "mini" and "/" not in base and not Path(base).expanduser().exists():
-        raise unknown("base", base, [*KNOWN, "mini"])
-    from .bases import locate
-
-    folder = locate(base, offline=True)
-    try:
-        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
-        return Architecture(base, unet, 2 ** (len(vae["block_out_channels"]) - 1))
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--base {base}: unet/config.json and vae/config.json cannot be read ({error}).") from error
+    if base not in EMBEDDED and "/" not in base and not Path(base).expanduser().exists():
+        raise unknown("base", base, [*KNOWN, *EMBEDDED])
+    folder = find_base(base, offline=True)
+    family = family_of_base(folder, base)
+    denoiser, vae = (read_config(folder, part, base) for part in (family.denoiser_part, "vae"))
+    return Architecture(base, denoiser, downsampling_factor(vae))

@@ -1,24 +1,30 @@
-"""Where a base lies and what its files say of it: folder, resolution, content hash, licence. Imports no torch."""
+"""Finding a base, and what its files say without loading it: family, resolution, content hash, licence.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import SctoolError, UsageError, unknown
 from ..files import sha256
+from .families import Family, family_of_pipeline
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED = {"mini": ASSETS / "mini"}
 
 
-def locate(base: str, offline: bool = False) -> Path:
-    """The folder that holds `base`: an embedded base, a local folder, or a downloaded hub snapshot.
+def find_base(base: str, offline: bool = False) -> Path:
+    """The folder of `base`: an embedded base, a local folder, or a downloaded hub snapshot.
 
-    Raises `UsageError` for what is neither, `SctoolError` when a hub id cannot be fetched. Local paths never
-    touch the network.
+    Raises `UsageError` for anything else, `SctoolError` when a hub id cannot be fetched. Local paths never touch the
+    network.
     """
     if base in EMBEDDED:
         return EMBEDDED[base]
@@ -26,14 +32,14 @@ def locate(base: str, offline: bool = False) -> Path:
     if path.exists():
         if not (path / "model_index.json").is_file():
             raise UsageError(
-                f"--base {base} is no diffusers-format folder: it has no model_index.json. Give the folder that holds "
+                f"--base {base} is not a diffusers-format folder: it has no model_index.json. Give the folder with "
                 "unet/, vae/ and text_encoder/; convert a single checkpoint file with diffusers' "
                 "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
             )
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         if "/" in base or base.startswith("."):
-            raise UsageError(f"--base {base}: no such folder, and no hub id (OWNER/NAME) either.")
+            raise UsageError(f"--base {base}: there is no such folder, and it is not a hub id (OWNER/NAME).")
         raise unknown("base", base, EMBEDDED)
     try:
         from diffusers import DiffusionPipeline
@@ -46,15 +52,37 @@ def locate(base: str, offline: bool = False) -> Path:
         ) from error
 
 
-def resolution(base: str, offline: bool = False) -> int:
-    """The side in pixels that `base` was trained at, read from its configs alone."""
-    folder = locate(base, offline)
+def read_config(folder: Path, part: str, base: str) -> dict[str, Any]:
+    """The config.json of one part. Raises `UsageError` naming the file when it cannot be read."""
     try:
-        size = json.loads((folder / "unet" / "config.json").read_text())["sample_size"]
-        blocks = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--base {base}: the configs of unet/ and vae/ cannot be read ({error}).") from error
-    return (size if isinstance(size, int) else size[0]) * 2 ** (len(blocks) - 1)
+        return json.loads((folder / part / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--base {base}: {part}/config.json cannot be read ({error}).") from error
+
+
+def family_of_base(folder: Path, base: str) -> Family:
+    """The family of the base in `folder`. Raises `UsageError` for other pipelines and unreadable files."""
+    try:
+        pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--base {base}: its model_index.json cannot be read ({error}).") from error
+    return family_of_pipeline(pipeline, base)
+
+
+def downsampling_factor(vae_config: Mapping[str, Any]) -> int:
+    """The autoencoder's downsampling factor: image side over latent side (8 for Stable Diffusion)."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def resolution(base: str, offline: bool = False) -> int:
+    """The image side in pixels that `base` was trained at, read from its configs alone."""
+    folder = find_base(base, offline)
+    family = family_of_base(folder, base)
+    denoiser, vae = (read_config(folder, part, base) for part in (family.denoiser_part, "vae"))
+    try:
+        return family.latent_size(denoiser) * downsampling_factor(vae)
+    except KeyError as error:
+        raise UsageError(f"--base {base}: its configs do not say its resolution ({error} is missing).") from error
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:

@@ -1,23 +1,34 @@
-"""A frozen model as one value: denoiser, autoencoder, text encoder, noise scheduler and identity.
+"""A frozen base as one value: denoiser, autoencoder, conditioning encoder, noise schedule and identity.
 
-Loaded from any diffusers-format folder, a hub id, or the embedded base `mini`. Everything is `requires_grad=False`.
+Loaded from any diffusers-format folder, a hub id, or an embedded base. Everything is `requires_grad=False`.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import SctoolError, UsageError
-from .bases import content_hash, licence, locate, weight_files
+from .bases import (
+    content_hash,
+    downsampling_factor,
+    family_of_base,
+    find_base,
+    licence,
+    read_config,
+    weight_files,
+)
+from .families import Family
 
-MODEL_TYPES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+if TYPE_CHECKING:
+    from .families.base import Rows
+    from .noising import Noising
 
 for _logging in (diffusers_logging, transformers_logging):  # their progress bars would break ours
     _logging.set_verbosity_error()
@@ -29,101 +40,110 @@ class Backbone:
     """A frozen diffusion model in diffusers' parts.
 
     `id` is what the user gave, `hash` the SHA-256 over the denoiser's weight files: two folders with the same
-    weights are the same backbone. `family` is "sd" (SD 1.x, 2.x and look-alikes) or "sdxl".
+    weights are the same backbone.
     """
 
     id: str
     hash: str
-    family: str
+    family: Family
     licence: str
     vae_hash: str
-    text_hash: str
+    conditioner_hash: str
     pipe: DiffusionPipeline = field(repr=False)
 
     @property
-    def denoiser(self) -> torch.nn.Module:
-        """The `UNet2DConditionModel`."""
-        return self.pipe.unet
+    def denoiser(self) -> nn.Module:
+        """The network that is tuned, e.g. a `UNet2DConditionModel`."""
+        return getattr(self.pipe, self.family.denoiser_part)
 
     @property
-    def vae(self) -> torch.nn.Module:
+    def vae(self) -> nn.Module:
         """The `AutoencoderKL`."""
         return self.pipe.vae
 
     @property
     def vae_scale(self) -> int:
-        """Pixels to one latent pixel along a side (8 for Stable Diffusion)."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        """The autoencoder's downsampling factor (8 for Stable Diffusion)."""
+        return downsampling_factor(self.vae.config)
 
     @property
     def latent_channels(self) -> int:
         """Channels of a latent (4 for Stable Diffusion)."""
-        return self.denoiser.config.in_channels
+        return self.vae.config.latent_channels
 
     @property
     def resolution(self) -> int:
-        """The side, in pixels, that the base was trained at."""
-        size = self.denoiser.config.sample_size
-        return (size if isinstance(size, int) else size[0]) * self.vae_scale
-
-    @property
-    def prediction_type(self) -> str:
-        """What the denoiser predicts: "epsilon", "v_prediction" or "sample"."""
-        return self.pipe.scheduler.config.prediction_type
+        """The image side in pixels that the base was trained at."""
+        return self.family.latent_size(self.denoiser.config) * self.vae_scale
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser lies."""
+        """Where the denoiser is."""
         return self.denoiser.device
 
-    def training_scheduler(self) -> DDPMScheduler:
-        """The forward process q(x_t | x_0) of the base's own noise schedule."""
-        return DDPMScheduler.from_config(self.pipe.scheduler.config)
+    @property
+    def latents_id(self) -> tuple[str, ...]:
+        """Identity of the autoencoder and its precision: latents of another must not be mixed with these."""
+        return self.vae_hash, str(self.vae.dtype)
+
+    @property
+    def conditioning_id(self) -> tuple[str, ...]:
+        """Identity of the conditioning encoder and its precision."""
+        encoder = getattr(self.pipe, "text_encoder", None)
+        return self.conditioner_hash, str(encoder.dtype if encoder is not None else torch.float32)
+
+    def noising(self) -> Noising:
+        """The forward process of the base's own noise schedule, and the training target."""
+        return self.family.noising(self.pipe)
 
     @torch.no_grad()
-    def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Latent mean and standard deviation, scaled as the denoiser takes them: two float32 (B, C, h, w).
 
         `pixels` is (B, 3, H, W) in -1..1 with sides divisible by `vae_scale`.
         """
         posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        shift, scale = getattr(self.vae.config, "shift_factor", None) or 0.0, self.vae.config.scaling_factor
+        shift, scale = self._latent_scaling
         return ((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures as uint8 (B, 3, H, W) from scaled latents (B, C, h, w)."""
-        shift, scale = getattr(self.vae.config, "shift_factor", None) or 0.0, self.vae.config.scaling_factor
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images as uint8 (B, 3, H, W) from scaled latents (B, C, h, w)."""
+        shift, scale = self._latent_scaling
         latents = latents.to(self.vae.device, torch.float32) / scale + shift
         pixels = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
-    @torch.no_grad()
-    def encode_text(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """The captions as the denoiser takes them: {"prompt_embeds": (B, L, D)} and, for SDXL, "pooled" (B, P)."""
-        device = self.pipe.text_encoder.device
-        if self.family == "sdxl":
-            embeds, _, pooled, _ = self.pipe.encode_prompt(
-                captions, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            return {"prompt_embeds": embeds, "pooled": pooled}
-        embeds, _ = self.pipe.encode_prompt(captions, device, 1, False)
-        return {"prompt_embeds": embeds}
+    @property
+    def _latent_scaling(self) -> tuple[float, float]:
+        return getattr(self.vae.config, "shift_factor", None) or 0.0, self.vae.config.scaling_factor
 
-    def time_ids(self, batch: int, size: int) -> torch.Tensor | None:
-        """SDXL's micro-conditioning (original size, crop corner, target size) as (B, 6); None for other bases."""
-        if self.family != "sdxl":
-            return None
-        return torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32, device=self.device).repeat(batch, 1)
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Rows:
+        """Conditioning rows of prompts; see `Family.encode_prompts`."""
+        return self.family.encode_prompts(self.pipe, prompts)
+
+    def too_long(self, prompt: str) -> bool:
+        """Whether the prompt is longer than the conditioning encoder reads, so that its end is ignored."""
+        return self.family.too_long(self.pipe, prompt)
 
     def free_encoders(self) -> None:
-        """Drops the text encoders and moves the autoencoder to the CPU, once latents and text are cached."""
+        """Drops the conditioning encoders and moves the autoencoder to the CPU, once latents and rows are cached."""
         self.vae.to("cpu")
-        for name in ("text_encoder", "text_encoder_2"):
+        for name in self.family.conditioner_parts:
             if getattr(self.pipe, name, None) is not None:
                 self.pipe.register_modules(**{name: None})
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def autoencoder_dtype(device: str | torch.device) -> torch.dtype:
+    """bfloat16 on GPUs that have it, float32 elsewhere. Never float16: SDXL's autoencoder overflows in it.
+
+    bfloat16 has float32's range. What it costs in image quality is measured in docs/log.md.
+    """
+    cuda = torch.device(device).type == "cuda"
+    return torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def load_backbone(
@@ -131,49 +151,53 @@ def load_backbone(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    vae_dtype: torch.dtype | None = None,
     offline: bool = False,
 ) -> Backbone:
-    """Loads and freezes a base.
+    """Loads and freezes a base: an embedded one by name, a diffusers-format folder or a hub id.
 
-    `base` is "mini", a diffusers-format folder or a hub id. Weights are read from safetensors only. `dtype` is the
-    denoiser's; the autoencoder and the text encoders, used once a picture, stay in float32.
-    Raises `UsageError` or `SctoolError` that say what is missing.
+    Weights are read from safetensors only. `dtype` is the denoiser's; the autoencoder's is `autoencoder_dtype` unless
+    given; conditioning encoders, used once per caption, stay in float32.
+    Raises `UsageError` or `SctoolError` that say what is missing; a base that is not supported is refused before any
+    weights are read.
     """
-    folder = locate(base, offline)
-    try:
-        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--base {base}: its model_index.json cannot be read ({error}).") from error
-    if kind not in MODEL_TYPES:
-        raise UsageError(f"--base {base} is a {kind}; supported are {', '.join(MODEL_TYPES)}.")
-    files = weight_files(folder, "unet")
+    folder = find_base(base, offline)
+    family = family_of_base(folder, base)
+    vae_config = read_config(folder, "vae", base)
+    family.check(read_config(folder, family.denoiser_part, base), vae_config.get("latent_channels", 4), base)
+    files = weight_files(folder, family.denoiser_part)
     if not files:
-        raise UsageError(f"--base {base}: unet/ holds no .safetensors weights. Re-save the base with safetensors.")
+        raise UsageError(
+            f"--base {base}: {family.denoiser_part}/ has no .safetensors weights. Re-save the base with safetensors."
+        )
     options: dict[str, Any] = {
-        "dtype": {"unet": dtype, "default": torch.float32},
+        "dtype": {
+            family.denoiser_part: dtype,
+            "vae": autoencoder_dtype(device) if vae_dtype is None else vae_dtype,
+            "default": torch.float32,
+        },
         "use_safetensors": True,
         "local_files_only": True,
+        **family.loading,
     }
-    if all(".fp16." in f.name for f in files):
+    if all(".fp16." in file.name for file in files):
         options["variant"] = "fp16"
-    if kind == "StableDiffusionPipeline":
-        options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         pipe = DiffusionPipeline.from_pretrained(str(folder), **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise SctoolError(f"--base {base} cannot be loaded: {str(error).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
+        if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     pipe.to(device)
-    text = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
+    conditioners = [name for name in family.conditioner_parts if (folder / name).is_dir()]
     return Backbone(
         id=base,
-        hash=content_hash(folder, "unet"),
-        family=MODEL_TYPES[kind],
+        hash=content_hash(folder, family.denoiser_part),
+        family=family,
         licence=licence(folder),
         vae_hash=content_hash(folder, "vae"),
-        text_hash=content_hash(folder, *text),
+        conditioner_hash=content_hash(folder, *conditioners),
         pipe=pipe,
     )

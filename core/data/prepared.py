@@ -129,7 +129,7 @@ def prepare(
     progress: Callable[[str], None] | None = None,
 ) -> PreparedSet:
     """Encodes what the cache lacks and gives the set. `backbone` is a `core.backbones.Backbone`, or anything with
-    `encode_images`, `encode_text`, `vae_hash` and `text_hash`; its encoders may be freed afterwards.
+    `encode_images`, `encode_prompts`, `vae_hash` and `text_hash`; its encoders may be freed afterwards.
 
     size: side in pixels. flip: also serve mirror images. batch: pictures in one pass of the encoder. trigger: word put
     before every caption. progress: called with a line of text now and then.
@@ -179,7 +179,7 @@ def plan(
     captions = {item.caption for item in items} | {""}
     side = size // backbone.vae_scale
     each = 2 * backbone.latent_channels * side * side * 4 + 8
-    row = backbone.encode_text([""])
+    row = backbone.encode_prompts([""])
     each_text = sum(value.nbytes for value in row.values())
     new = len(store.latents.missing(latents))
     new_text = len(store.texts.missing(store.text_key(caption) for caption in captions))
@@ -201,10 +201,8 @@ class _Store:
     def __init__(self, backbone: Any, size: int, cache: str | Path | None, source: Source | Sequence[Record]) -> None:
         self.backbone, self.geometry = backbone, Geometry(size)
         self.folder = cache_folder(cache)
-        image_dtype = str(getattr(getattr(backbone, "vae", None), "dtype", torch.float32))
-        # the encoder's precision is part of the content: fp16 latents must not serve an fp32 run
-        self.latents = Rows(self.folder / "latents" / self._group(self.geometry.id, backbone.vae_hash, image_dtype))
-        self.texts = Rows(self.folder / "text" / self._group(backbone.text_hash, str(_text_dtype(backbone))))
+        self.latents = Rows(self.folder / "latents" / self._group(self.geometry.id, *backbone.latents_id))
+        self.texts = Rows(self.folder / "text" / self._group(*backbone.conditioning_id))
         self.memo = Memo(self.folder / "memo" / f"{content_key(_common_folder(source))[:24]}.json")
 
     @staticmethod
@@ -300,7 +298,7 @@ class _Store:
         for number, keys in enumerate(_slices(todo, CHUNK)):
             if len(todo) > CHUNK:
                 say(f"encoding captions: {number * CHUNK} of {len(todo)}")
-            parts = [self.backbone.encode_text([by_key[key] for key in some]) for some in _slices(keys, batch)]
+            parts = [self.backbone.encode_prompts([by_key[key] for key in some]) for some in _slices(keys, batch)]
             self.texts.write(keys, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
 
 

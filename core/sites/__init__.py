@@ -1,1 +1,1 @@
-"""Where tuners act on a denoiser, and how they are attached."""
+"""Where tuners act on a denoiser: skips, layers and inputs, one wiring of hooks, the hint channel, attaching."""

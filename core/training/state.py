@@ -1,4 +1,4 @@
-"""Resume states: everything that a training needs to go on as if it had never stopped.
+"""Resume states: everything that a training needs to continue as if it had never stopped.
 
 All random draws are functions of the seed and the step, so a state is weights, optimizer moments and a step number.
 safetensors and JSON only; written as a whole folder or not at all.
@@ -28,8 +28,12 @@ def save_state(
     ema: EMAModel | None,
     scaler: torch.amp.GradScaler,
     keep: int,
+    recent: list[float],
 ) -> None:
-    """Writes state/step-N and then removes the oldest states beyond `keep`. Raises `SctoolError` on a full disk."""
+    """Writes state/step-N and then removes the oldest states beyond `keep`. Raises `SctoolError` on a full disk.
+
+    `recent` are the losses of the steps since the last row of the log.
+    """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     moments = {
         f"{name}:{kind}": optimizer.state[p][kind]
@@ -42,7 +46,12 @@ def save_state(
         save_tensors(moments, folder / "optimizer.safetensors")
         if ema is not None:
             save_tensors(dict(zip(named, ema.shadow_params, strict=True)), folder / "ema.safetensors")
-        meta = {"step": step, "scaler": scaler.state_dict(), "ema_steps": ema.optimization_step if ema else 0}
+        meta = {
+            "step": step,
+            "scaler": scaler.state_dict(),
+            "ema_steps": ema.optimization_step if ema else 0,
+            "recent_losses": recent,
+        }
         (folder / "state.json").write_text(json.dumps(meta))
     for old in run.states()[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -54,16 +63,15 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     ema: EMAModel | None,
     scaler: torch.amp.GradScaler,
-) -> int:
-    """Restores the newest complete state in place; gives its step, 0 where there is none.
+) -> tuple[int, list[float]]:
+    """Restores the newest complete state in place; returns its step and the losses since the last row of the log.
 
-    Moments take their parameter's memory layout, by which the fused optimizer pairs them.
-
+    (0, []) where there is none. Moments take their parameter's memory layout, by which the fused optimizer pairs them.
     Raises `SctoolError` when the state does not fit the tuner.
     """
     states = run.states()
     if not states:
-        return 0
+        return 0, []
     folder = states[-1]
     meta = json.loads((folder / "state.json").read_text())
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -84,4 +92,4 @@ def load_state(
                 average.copy_(averages[name])
             ema.optimization_step = meta["ema_steps"]
     scaler.load_state_dict(meta["scaler"]) if meta["scaler"] else None
-    return meta["step"]
+    return meta["step"], meta.get("recent_losses", [])

@@ -1,137 +1,135 @@
-"""What a training run looks at on its way: held-out loss by time step, control adherence, preview grids.
+"""Validation during training: held-out loss by timestep, control adherence, preview grids.
 
-Noise, time steps and seeds are the same at every look, so that curves move because the tuner does.
+Noise, timesteps and seeds are the same every time, so that curves move because the tuner does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from ..backbones.loading import Backbone
+from ..backbones.noising import Noising
 from ..config import SampleConfig, TrainConfig
 from ..data.prepared import PreparedSet
 from ..progress import Progress
 from ..runs import Run
-from ..sampling import Request, draw
+from ..sampling import Request, sample_images
 from ..sheets import save_png, sheet
-from . import diffusion
-from .batches import Draw, collate
-
-if TYPE_CHECKING:
-    from ..sites.wiring import TunedBackbone
+from .batches import Draw, collate, validation_draw
 
 BANDS = 4  # quarters of the noise schedule: from fine detail (0) to composition (3)
 PREVIEWS = 4
-ADHERENCE_PICTURES = 16
+ADHERENCE_IMAGES = 16
+LOSS_BATCH = 16
+SMALL_RESOLUTION = 128  # up to which 16 images are drawn at a time; larger ones 4
+
+Losses = Callable[[Mapping[str, Any], Draw], Tensor]
+Measures = Mapping[str, Callable[..., dict[str, float]]]
+"""Condition -> function (images, hints) -> figures of how well the images follow their hints."""
 
 
 class Validator:
-    """Measures one run on its held-out set; does nothing where there is none."""
+    """Measures one run on its held-out images; does nothing where there are none."""
 
     def __init__(
         self,
         config: TrainConfig,
         run: Run,
         backbone: Backbone,
-        val: PreparedSet | None,
-        measures: Mapping[str, Callable[..., dict[str, float]]],
+        held_out: PreparedSet | None,
+        measures: Measures,
         progress: Progress,
     ) -> None:
-        self.config, self.run, self.backbone, self.val = config, run, backbone, val
+        self.config, self.run, self.backbone, self.held_out = config, run, backbone, held_out
         self.measures = {name: measures[name] for name in config.conditions if name in measures}
         self.progress = progress
-        self.sampling = SampleConfig(steps=config.preview_steps, guidance=config.guidance, size=config.size)
+        at_once = 16 if backbone.resolution <= SMALL_RESOLUTION else 4
+        self.sampling = SampleConfig(
+            steps=config.preview_steps, guidance=config.guidance, size=config.size, batch=at_once
+        )
         self.base: list[np.ndarray] = []
-        count = min(ADHERENCE_PICTURES if self.measures else PREVIEWS, len(val)) if val is not None else 0
-        items = [val[i] for i in range(count)] if val is not None else []
-        self.texts = {item["caption"]: item["text"] for item in items}
-        if val is not None:
-            self.texts[""] = val.empty_text
-        self.requests = [
-            Request(
-                item["caption"],
-                seed,
-                {n: h.permute(1, 2, 0).numpy() for n, h in item["hints"].items()},
-                key=item["key"],
-            )
-            for seed, item in enumerate(items)
-        ]
+        self.rows, self.requests = self._requests()
 
-    def encode(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """Cached text rows for held-out captions: {"prompt_embeds": (B, L, D), ...}."""
-        rows = [self.texts[caption] for caption in captions]
+    def _requests(self) -> tuple[dict[str, dict[str, Tensor]], list[Request]]:
+        """Cached conditioning rows by caption, and what is drawn: held-out captions with their hints."""
+        if self.held_out is None:
+            return {}, []
+        count = min(ADHERENCE_IMAGES if self.measures else PREVIEWS, len(self.held_out))
+        items = [self.held_out[i] for i in range(count)]
+        rows = {"": self.held_out.empty_text, **{item["caption"]: item["text"] for item in items}}
+        requests = []
+        for seed, item in enumerate(items):
+            hints = {name: hint.permute(1, 2, 0).numpy() for name, hint in item["hints"].items()}
+            requests.append(Request(item["caption"], seed, hints, key=item["key"]))
+        return rows, requests
+
+    def encode(self, captions: list[str]) -> dict[str, Tensor]:
+        """Cached conditioning rows of held-out captions."""
+        rows = [self.rows[caption] for caption in captions]
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
-    def pictures(self, requests: Sequence[Request], batch: int = 16) -> list[np.ndarray]:
+    def images(self, requests: Sequence[Request]) -> list[np.ndarray]:
         """Draws requests with whatever is attached to the backbone now; uint8 (H, W, 3) each."""
-        config = self.sampling.model_copy(update={"batch": batch if self.backbone.resolution <= 128 else 4})
-        return [picture for _, picture in draw(self.backbone, requests, config, encode=self.encode)]
+        return [image for _, image in sample_images(self.backbone, requests, self.sampling, encode=self.encode)]
 
     def draw_base(self) -> None:
-        """The untouched base's pictures for the previews' left column; call before tuners are attached."""
+        """The untouched base's images for the previews' left column; call before tuners are attached."""
         if self.requests and self.config.sample_every:
             self.progress.note("drawing the base model's previews")
-            bare = [Request(r.prompt, r.seed) for r in self.requests[:PREVIEWS]]
-            self.base = self.pictures(bare)
+            self.base = self.images([Request(r.prompt, r.seed) for r in self.requests[:PREVIEWS]])
 
-    def __call__(
-        self,
-        step: int,
-        model: TunedBackbone,
-        losses: Callable[[Mapping[str, Any], Any], torch.Tensor],
-    ) -> dict[str, float]:
-        """Figures named val/...; writes samples/preview/step-N.png when previews are due."""
-        if self.val is None:
+    def __call__(self, step: int, losses: Losses, noising: Noising) -> dict[str, float]:
+        """Figures named val/... after `step` steps; writes samples/preview/step-N.png when previews are due.
+
+        losses(batch, draw) is the unweighted loss of each sample, (B,).
+        """
+        if self.held_out is None:
             return {}
-        figures = self.loss_by_band(losses)
-        done = step == self.config.steps
-        previews = bool(self.config.sample_every) and (done or step % self.config.sample_every == 0)
-        due = bool(self.measures) and bool(self.config.validate_every)
-        if self.requests and (previews or due):
-            drawn = self.pictures(self.requests if due else self.requests[:PREVIEWS])
-            for name, measure in self.measures.items() if due else ():
-                kept = [r.hints[name] for r in self.requests]
-                figures |= {f"val/{name}_{key}": value for key, value in measure(drawn, kept).items()}
+        figures = self.loss_by_band(losses, noising)
+        previews, adherence = self._due(step)
+        if self.requests and (previews or adherence):
+            images = self.images(self.requests if adherence else self.requests[:PREVIEWS])
+            for name, measure in self.measures.items() if adherence else ():
+                hints = [request.hints[name] for request in self.requests]
+                figures |= {f"val/{name}_{key}": value for key, value in measure(images, hints).items()}
             if previews:
-                self.grid(step, drawn)
-        shown = {k: round(v, 4) for k, v in figures.items() if "/loss_" not in k}
-        self.progress.note(f"step {step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+                self.grid(step, images)
+        shown = {key: round(value, 4) for key, value in figures.items() if "/loss_" not in key}
+        self.progress.note(f"step {step}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
         return figures
 
+    def _due(self, step: int) -> tuple[bool, bool]:
+        """Whether previews, and whether adherence, are wanted after `step` steps."""
+        every, last = self.config.sample_every, step == self.config.steps
+        previews = bool(every) and (last or step % every == 0)
+        return previews, bool(self.measures) and bool(self.config.validate_every)
+
     @torch.no_grad()
-    def loss_by_band(self, losses: Callable[[Mapping[str, Any], Any], torch.Tensor]) -> dict[str, float]:
-        """Mean held-out loss, in all and for each quarter of the schedule; the noise is fixed by the run's seed."""
-        assert self.val is not None
-        levels = self.backbone.pipe.scheduler.config.num_train_timesteps
+    def loss_by_band(self, losses: Losses, noising: Noising) -> dict[str, float]:
+        """Mean held-out loss, in all and for each quarter of the schedule."""
+        assert self.held_out is not None
         sums = torch.zeros(BANDS, dtype=torch.float64)
-        size = min(self.config.batch, 16)
-        for first in range(0, len(self.val), size):
-            indices = range(first, min(first + size, len(self.val)))
-            batch = collate([self.val[i] for i in indices])
-            count = len(indices)
+        size = min(self.config.batch, LOSS_BATCH)
+        for first in range(0, len(self.held_out), size):
+            batch = collate([self.held_out[i] for i in range(first, min(first + size, len(self.held_out)))])
+            count, *latent = batch["mean"].shape
             for band in range(BANDS):
-                g = diffusion.generator(self.config.seed, "validation", first, band)
-                noise = torch.randn((2, count, *batch["mean"].shape[1:]), generator=g)
-                t = torch.randint(band * levels // BANDS, (band + 1) * levels // BANDS, (count,), generator=g)
-                never = torch.zeros(count, dtype=torch.bool)
-                d = Draw(noise[0], noise[1], t, never, dict.fromkeys(self.config.conditions, never))
-                sums[band] += losses(batch, d).double().sum().cpu()
-        means = sums / len(self.val)
+                draw = validation_draw(self.config, first, count, latent, noising, band, BANDS)
+                sums[band] += losses(batch, draw).double().sum().cpu()
+        means = sums / len(self.held_out)
         return {"val/loss": float(means.mean()), **{f"val/loss_{b}": float(m) for b, m in enumerate(means)}}
 
-    def grid(self, step: int, drawn: Sequence[np.ndarray]) -> None:
+    def grid(self, step: int, images: Sequence[np.ndarray]) -> None:
         """samples/preview/step-N.png: base on the left, hints, tuned on the right."""
         rows, captions = [], []
-        for i, base in enumerate(self.base):
-            request = self.requests[i]
-            rows.append([base, *request.hints.values(), drawn[i]])
+        for base, request, image in zip(self.base, self.requests, images, strict=False):
+            rows.append([base, *request.hints.values(), image])
             captions.append(request.prompt[:70])
-        image: Image.Image = sheet(
-            rows, ["base", *self.requests[0].hints, "tuned"], captions, f"{self.run.name}, step {step}"
-        )
+        headings = ["base", *self.requests[0].hints, "tuned"]
+        image = sheet(rows, headings, captions, f"{self.run.name}, step {step}")
         save_png(image, self.run.samples / "preview" / f"step-{step}.png")

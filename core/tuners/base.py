@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UsageError, unknown
-from ..sites.wiring import Seat, Skip, SkipEditor, skips
+from ..sites.attaching import Removable
+from ..sites.site import Call, Features, Inputs
+from ..sites.wiring import Attached, Wiring
 
-Features = dict[str, dict[int, Tensor]]  # condition -> skip index -> c (B, C, h, w)
 T = TypeVar("T", bound="Tuner")
 
 
-class Removable(Protocol):
-    """What `Tuner.attach` gives back: undoes it exactly. A plain object, so that a deep copy undoes the copy's."""
-
-    def remove(self) -> None:
-        """Takes the tuner off."""
-
-
 class Tuner(nn.Module):
-    """The contract of a method.
+    """The contract of a method. Its traits say what it needs of those who train and count it.
 
-    `kind` says where it acts: "skips" leaves the denoiser's weights frozen, "weights" puts its own in their place.
     Parameters stay float32 whatever the denoiser's dtype; computation follows the denoiser's activations.
     """
 
     method: ClassVar[str]
-    kind: ClassVar[Literal["skips", "weights"]]
+    """Its name in `TUNERS`."""
+    needs_autocast: ClassVar[bool] = False
+    """The denoiser's own layers compute with the float32 weights, so reduced precision needs autocast."""
+    keeps_eval_mode: ClassVar[bool] = True
+    """The denoiser's weights are not trained: it stays in evaluation mode (no dropout) while the tuner trains."""
+    replaces_weights: ClassVar[bool] = False
+    """Its parameters stand in the place of the denoiser's instead of being added to them."""
 
     def __init__(self, config: Config, conditions: tuple[str, ...] = (), vae_scale: int = 8) -> None:
         super().__init__()
@@ -43,12 +42,21 @@ class Tuner(nn.Module):
     ) -> T:
         """A new tuner for `denoiser`, on its device; on the meta device it has shapes and no storage.
 
-        `conditions` are names of maps to control by; `vae_scale` is the pixels to one latent pixel along a side.
-        New weights come from torch's CPU generator whatever the device, so a seed gives the same tuner everywhere.
+        `conditions` are names of maps to control by; `vae_scale` is the autoencoder's downsampling factor. New weights
+        come from torch's CPU generator whatever the device, so a seed gives the same tuner everywhere.
+        Raises `UsageError` for settings that do not fit the denoiser.
         """
         device = next(denoiser.parameters()).device
         with torch.device("meta" if device.type == "meta" else "cpu"):
             return cls(config, denoiser, conditions, vae_scale).to(device)
+
+    def describe_sites(self) -> list[str]:
+        """Where it acts, in words, for `--dry-run`."""
+        raise NotImplementedError
+
+    def site_metadata(self) -> dict[str, Any]:
+        """Where it acts, for the tuner file: what must fit when it is loaded again."""
+        return {}
 
     def attach(
         self,
@@ -58,25 +66,39 @@ class Tuner(nn.Module):
         weights: Mapping[str, float] | None = None,
         normalize: bool | None = None,
     ) -> Removable:
-        """Makes `denoiser` use this tuner until the value given back is removed. See `sites.attach`."""
+        """Makes `denoiser` use this tuner until the value returned is removed. See `sites.attaching.attach`."""
         raise NotImplementedError
 
 
-class SkipTuner(Tuner):
-    """A tuner of skip connections: `sites` are those it edits, in encoder order."""
+class SiteTuner(Tuner):
+    """A tuner that adds to the values of `sites` and leaves the denoiser's weights alone.
 
-    kind = "skips"
+    `weights` are the weights of its conditions (alpha) and `normalize` whether they are scaled to a sum of 1.
+    """
 
-    def __init__(self, config: Any, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8) -> None:
+    reads_inputs: ClassVar[bool] = False
+    """`encode` reads latents, timestep and text; then nothing is cached over sampling steps."""
+    sites: Sequence[Any]
+    weights: Mapping[str, float]
+    normalize: bool
+
+    def __init__(self, config: Any, sites: Sequence[Any], conditions: tuple[str, ...] = (), vae_scale: int = 8) -> None:
         super().__init__(config, conditions, vae_scale)
-        self.sites = select(skips(denoiser), config.skips)
+        self.sites, self.weights, self.normalize = sites, {}, True
 
-    def encode(self, hints: dict[str, Tensor]) -> Features:
-        """c of every edited skip for each hint (B, 3, H, W) in 0..1. Runs once a picture when sampling."""
-        raise NotImplementedError
+    def describe_sites(self) -> list[str]:
+        """Every site by its kind and width."""
+        return [str(site) for site in self.sites]
 
-    def delta(self, site: Skip, x: Tensor, features: Features, alphas: Mapping[str, float]) -> Tensor | None:
-        """What to add to skip x (B, C, h, w), or None. `features` is empty when no hint was given."""
+    def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
+        """Features of hints (B, 3, H, W) in 0..1, by condition. Runs once per hint when sampling.
+
+        With `reads_inputs` it runs at every step, also without hints, and `inputs` is given.
+        """
+        return {}
+
+    def delta(self, site: Any, x: Tensor, call: Call) -> Tensor | None:
+        """What to add to the unedited value x of a site, or None. `call.features` is {} when no hint was given."""
         raise NotImplementedError
 
     def attach(
@@ -86,25 +108,14 @@ class SkipTuner(Tuner):
         scale: float = 1.0,
         weights: Mapping[str, float] | None = None,
         normalize: bool | None = None,
-    ) -> Seat:
-        """Takes a seat at the denoiser's editor. Raises `SctoolError` when the skips differ or it is attached."""
-        return SkipEditor.add(
-            denoiser,
-            self,
-            scale,
-            {**self.config.weights, **(weights or {})},
-            self.config.normalize if normalize is None else normalize,
-        )
+    ) -> Attached:
+        """Joins the denoiser's wiring. Raises `SctoolError` when a site is not there or the tuner is attached."""
+        weights = {**self.weights, **(weights or {})}
+        return Wiring.add(denoiser, self, scale, weights, self.normalize if normalize is None else normalize)
 
 
-def select(sites: list[Skip], chosen: tuple[int, ...] | None) -> list[Skip]:
-    """The chosen skips in encoder order; all for None. Raises `UsageError` for an index that is not there."""
-    if chosen is None:
-        return sites
-    wrong = [index for index in chosen if not 0 <= index < len(sites)]
-    if wrong or not chosen or len(set(chosen)) != len(chosen):
-        raise UsageError(f"skips={list(chosen)}: choose distinct skips out of 0..{len(sites) - 1}, in encoder order.")
-    return [sites[index] for index in sorted(chosen)]
+class DoesNotFit(UsageError):
+    """Settings that this denoiser does not allow, such as a skip that it does not have."""
 
 
 def known_conditions(names: Mapping[str, Any], conditions: tuple[str, ...]) -> None:

@@ -36,7 +36,9 @@ class Full(Tuner):
     """Trainable float32 copies of all parameters; attaching puts them in the denoiser, detaching restores its own."""
 
     method = "full"
-    kind = "weights"
+    needs_autocast = True
+    keeps_eval_mode = False
+    replaces_weights = True
 
     def __init__(
         self, config: FullConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
@@ -52,6 +54,10 @@ class Full(Tuner):
                     node.add_module(part, _Node())
                 node = node._modules[part]
             node.register_parameter(leaf, nn.Parameter(parameter.detach().float().clone()))
+
+    def describe_sites(self) -> list[str]:
+        """All weights."""
+        return [f"all {sum(p.numel() for p in self.parameters()):,} weights"]
 
     def attach(
         self,

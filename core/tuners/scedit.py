@@ -8,18 +8,18 @@ inferred from the printed parameter counts and is marked so. The hint path sees 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.architectures import family
 from ..config import SCEditConfig
 from ..errors import UsageError
-from ..sites.wiring import Skip, skips
-from .base import Features, SkipTuner, known_conditions
+from ..sites.site import Call, Features, Inputs
+from ..sites.skips import Skip, skips
+from .base import DoesNotFit, SiteTuner, known_conditions
 
 
 def conv(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
@@ -209,7 +209,7 @@ class Branch(nn.Module):
 # ---------------------------------------------------------------------------------------------------- the methods
 
 
-class SCEdit(SkipTuner):
+class SCEdit(SiteTuner):
     """SC-Tuner (eq. 5) without conditions; CSC-Tuner (eq. 7) with them, one branch a condition."""
 
     method = "scedit"
@@ -218,31 +218,46 @@ class SCEdit(SkipTuner):
     def __init__(
         self, config: SCEditConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
     ) -> None:
-        super().__init__(config, denoiser, conditions, vae_scale)
+        super().__init__(config, select(skips(denoiser), config.skips), conditions, vae_scale)
+        self.weights, self.normalize = config.weights, config.normalize
         known_conditions(config.weights, self.conditions)
         if not self.conditions:
             self.sc = operators(config, self.sites)
             return
         strides = cascade_strides(denoiser, self.sites)
-        sdxl = family(denoiser.config) == "sdxl"
+        sdxl = denoiser.config.get("addition_embed_type") == "text_time"  # the authors' code widens its hint block
         self.csc = nn.ModuleDict(
             {name: Branch(config, self.sites, strides, sdxl, vae_scale) for name in self.conditions}
         )
 
-    def encode(self, hints: dict[str, Tensor]) -> Features:
+    def site_metadata(self) -> dict[str, Any]:
+        """The edited skips and their widths."""
+        return {"skips": {str(site.index): site.channels for site in self.sites}}
+
+    def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
         """c of eq. 7 for each given hint (B, 3, H, W) in 0..1."""
         return {name: self.csc[name].encode(hint) for name, hint in hints.items()}
 
-    def delta(self, site: Skip, x: Tensor, features: Features, alphas: Mapping[str, float]) -> Tensor | None:
-        """T(x) of eq. 5, or the sum of eq. 7 over the conditions that have a hint; None for a skip not edited."""
+    def delta(self, site: Skip, x: Tensor, call: Call) -> Tensor | None:
+        """T(x) of eq. 5, or the sum of eq. 7 over the conditions that have a hint; None without any."""
         if not self.conditions:
-            return self.sc[str(site.index)](x) if str(site.index) in self.sc else None
+            return self.sc[str(site.index)](x)
         total = None
-        for name, levels in features.items():
-            if site.index in levels and alphas[name] != 0:
-                part = alphas[name] * self.csc[name].delta(site, x, levels[site.index])
+        for name, levels in call.features.items():
+            if call.alphas[name] != 0:
+                part = call.alphas[name] * self.csc[name].delta(site, x, levels[site.index])
                 total = part if total is None else total + part
         return total
+
+
+def select(sites: list[Skip], chosen: tuple[int, ...] | None) -> list[Skip]:
+    """The chosen skips in encoder order; all for None. Raises `DoesNotFit` for an index that is not there."""
+    if chosen is None:
+        return sites
+    wrong = [index for index in chosen if not 0 <= index < len(sites)]
+    if wrong or not chosen or len(set(chosen)) != len(chosen):
+        raise DoesNotFit(f"skips={list(chosen)}: choose distinct skips out of 0..{len(sites) - 1}, in encoder order.")
+    return [sites[index] for index in sorted(chosen)]
 
 
 def cascade_strides(denoiser: nn.Module, sites: list[Skip]) -> list[int]:

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 
+from sctool.core.backbones.families import FAMILIES
 from sctool.core.checkpoint import load_tuner, read_meta, save_tuner, tuner_file
 from sctool.core.config import SCEditConfig
 from sctool.core.errors import SctoolError, UsageError
@@ -21,7 +22,7 @@ def backbone(hash="a" * 64, id="base-a", channels=(8, 16)):
         down_block_types=("DownBlock2D",) * len(channels), up_block_types=("UpBlock2D",) * len(channels),
         attention_head_dim=4,
     ).requires_grad_(False)  # fmt: skip
-    return types.SimpleNamespace(id=id, hash=hash, family="sd", licence="openrail", denoiser=net)
+    return types.SimpleNamespace(id=id, hash=hash, family=FAMILIES[0], licence="openrail", denoiser=net)
 
 
 @pytest.fixture

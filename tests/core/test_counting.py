@@ -8,8 +8,9 @@ import pytest
 
 from sctool.cli.methods import methods
 from sctool.core.backbones.architectures import Architecture, architecture
-from sctool.core.counting import VARIANTS, count, counts
+from sctool.core.counting import count, counts
 from sctool.core.errors import UsageError
+from sctool.core.tuners import TUNERS
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,8 @@ def unet(sd15):
     ],
 )
 def test_sd15(sd15, unet, label, expected):
-    assert count(sd15, next(variant for variant in VARIANTS if variant.label == label), unet) == expected
+    method, variant = next((m, v) for m, row in TUNERS.items() for v in row.variants if v.label == label)
+    assert count(sd15, method, variant, unet) == expected
 
 
 @pytest.mark.slow
@@ -69,16 +71,16 @@ def test_the_command_on_a_folder(tiny_base, capsys):
 def test_unknown_bases_are_named(tmp_path):
     with pytest.raises(UsageError, match="Did you mean 'sdxl'"):
         architecture("sdx")
-    with pytest.raises(UsageError, match="no diffusers-format folder"):
+    with pytest.raises(UsageError, match="not a diffusers-format folder"):
         architecture(str(tmp_path))
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"unet/config\.json"):
+    with pytest.raises(UsageError, match=r"model_index\.json"):
         architecture(str(tmp_path))
 
 
 def test_family():
-    assert architecture("sdxl").family == "sdxl"
-    assert Architecture("own", {}, 4).family == "sd"
+    assert architecture("sdxl").family.name == "sdxl"
+    assert Architecture("own", {}, 4).family.name == "sd"
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def test_unmodified_pipeline_draws_the_same_picture_for_a_seed(pipe):
 
 
 def test_unet_has_the_12_skips_of_sd15(pipe):
-    from sctool.core.sites.wiring import skips
+    from sctool.core.sites.skips import skips
 
     assert len(skips(pipe.unet)) == 12
 

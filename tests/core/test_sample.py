@@ -16,7 +16,7 @@ from sctool.core.backbones.loading import Backbone, load_backbone
 from sctool.core.checkpoint import save_tuner
 from sctool.core.config import SampleConfig, SCEditConfig
 from sctool.core.errors import UsageError
-from sctool.core.sampling import Request, draw, initial_noise
+from sctool.core.sampling import Request, initial_noise, sample_images
 from sctool.core.tuners.scedit import SCEdit
 
 
@@ -58,8 +58,8 @@ def test_noise_depends_on_the_seed_alone() -> None:
 def test_a_seed_gives_the_same_picture_in_any_batch(backbone: Backbone, scheduler: str) -> None:
     requests = [Request("a cat", seed) for seed in range(3)]
     config = SampleConfig(steps=3, batch=3, scheduler=scheduler)  # pyright: ignore[reportArgumentType]
-    together = [p for _, p in draw(backbone, requests, config)]
-    alone = [p for _, p in draw(backbone, requests, config.model_copy(update={"batch": 1}))]
+    together = [p for _, p in sample_images(backbone, requests, config)]
+    alone = [p for _, p in sample_images(backbone, requests, config.model_copy(update={"batch": 1}))]
     for a, b in zip(together, alone, strict=True):
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 2
 

@@ -204,7 +204,7 @@ def run(tiny_base: Path, edges: Path, tmp_path: Path) -> Run:
 
     from sctool.core.backbones.loading import load_backbone
     from sctool.core.checkpoint import save_tuner
-    from sctool.core.training.train import build_tuner
+    from sctool.core.training.setup import build_tuner
 
     data = copytree(edges, tmp_path / "data")
     config = TrainConfig(base=str(tiny_base), data=str(data), cond=("canny",), size=32)

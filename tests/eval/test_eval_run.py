@@ -256,7 +256,7 @@ def run(tiny_base: Path, edges: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A run whose tuner was never trained: what evaluation needs of one."""
     from sctool.core.backbones.loading import load_backbone
     from sctool.core.checkpoint import save_tuner
-    from sctool.core.training.train import build_tuner
+    from sctool.core.training.setup import build_tuner
 
     config = TrainConfig(base=str(tiny_base), data=str(edges), cond=("canny",), guidance=1.5, size=32)
     made = open_run(tmp_path_factory.mktemp("out") / "runs", "edges", config)

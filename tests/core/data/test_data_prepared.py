@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -22,7 +21,7 @@ class Encoders:
     vae_scale, latent_channels = 4, 3
 
     def __init__(self, vae_hash="v", text_hash="t", die_after=None):
-        self.vae_hash, self.text_hash, self.die_after = vae_hash, text_hash, die_after
+        self.latents_id, self.conditioning_id, self.die_after = (vae_hash,), (text_hash,), die_after
         self.pictures, self.captions = 0, []
 
     def encode_images(self, pixels):
@@ -34,7 +33,7 @@ class Encoders:
         mean = torch.nn.functional.avg_pool2d(pixels, 4)
         return mean, mean.abs()
 
-    def encode_text(self, captions):
+    def encode_prompts(self, captions):
         self.captions += captions
         rows = torch.tensor([[len(c), c.count("a")] for c in captions], dtype=torch.float32)
         return {"prompt_embeds": rows[:, :, None].repeat(1, 1, 4), "pooled": rows}
@@ -127,7 +126,7 @@ def test_key_holds_geometry_flip_and_weights(folder, change):
 def test_key_holds_the_precision(folder):
     ready(folder)
     encoders = Encoders()
-    encoders.vae = SimpleNamespace(dtype=torch.float16)
+    encoders.latents_id = ("v", "torch.float16")
     ready(folder, encoders)
     assert encoders.pictures == 12
 

@@ -7,7 +7,9 @@ from diffusers import UNet2DConditionModel
 from sctool.core.backbones.architectures import KNOWN, Architecture
 from sctool.core.config import SCEditConfig
 from sctool.core.errors import SctoolError, UsageError
-from sctool.core.sites.wiring import SkipEditor, TunedBackbone, attach, skips, tuned
+from sctool.core.sites.attaching import TunedBackbone, attach, tuned
+from sctool.core.sites.skips import skips
+from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners.scedit import SCEdit
 
 TEXT = {"prompt_embeds": torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))}
@@ -198,7 +200,7 @@ def test_separately_trained_conditions_combine_like_jointly_trained_ones():
     ("given", "message"),
     [
         ({"cany": hint()}, "Did you mean 'canny'"),
-        ({"canny": hint(size=(64, 40))}, "40x64 pixels but the picture is 32x32"),
+        ({"canny": hint(size=(64, 40))}, "40x64 pixels but the image is 32x32"),
         ({"canny": hint()[0]}, "RGB batch"),
         ({"canny": hint(batch=3)}, "3 maps for 2 latents"),
         (hint(), "without a name"),
@@ -243,7 +245,7 @@ def test_other_keys_of_the_channel_pass():
 def test_the_hint_is_encoded_once_for_many_steps(mode):
     net = unet()
     with mode(), tuned(net, csc(net, "canny")):
-        editor = SkipEditor.of(net)
+        editor = Wiring.of(net)
         channel = {"cross_attention_kwargs": {"hint": {"canny": hint()}}}
         steps = [call(net, **channel) for _ in range(5)]
         assert editor.encodings == 1

@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sctool.core.backbones.noising import Noising
 from sctool.core.config import TrainConfig
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.runs import Run, open_run
-from sctool.core.training.batches import StepBatches, draw
+from sctool.core.training.batches import training_draw
 
 QUICK = {
     "steps": 8, "batch": 4, "save_every": 3, "validate_every": 0, "sample_every": 0, "lr": 1e-2, "preview_steps": 2,
@@ -36,7 +37,15 @@ def trained(out: Path, settings: TrainConfig, name: str = "run") -> Run:
 
     run = open_run(out, name, settings)
     source, held_out, made = open_training_sets(settings, 32, quiet=True)
-    train(settings, run, source, held_out=held_out, measures=adherence(settings.cond, made), map_meta=made, quiet=True)
+    train(
+        settings,
+        run,
+        source,
+        held_out=held_out,
+        measures=adherence(settings.conditions, made),
+        map_meta=made,
+        quiet=True,
+    )
     return run
 
 
@@ -58,18 +67,11 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_order_visits_every_picture_once_an_epoch() -> None:
-    seen = [i for batch in StepBatches(10, 4, 0, 0, 5) for i in batch]
-    assert sorted(seen[:10]) == list(range(10))
-    assert sorted(seen[10:]) == list(range(10))
-    resumed = [i for batch in StepBatches(10, 4, 0, 3, 5) for i in batch]
-    assert resumed == seen[12:]
-
-
 def test_shares_of_a_batch_are_the_batch() -> None:
     settings = TrainConfig(batch=4, cond=("canny",), hint_dropout=0.5, caption_dropout=0.5)
-    whole = draw(settings, 7, (4, 2, 2), 1000, slice(0, 4))
-    parts = [draw(settings, 7, (4, 2, 2), 1000, slice(a, a + 2)) for a in (0, 2)]
+    noising = Noising({"num_train_timesteps": 1000})
+    whole = training_draw(settings, 7, (4, 2, 2), noising, slice(0, 4))
+    parts = [training_draw(settings, 7, (4, 2, 2), noising, slice(a, a + 2)) for a in (0, 2)]
     assert torch.equal(whole.noise, torch.cat([p.noise for p in parts]))
     assert torch.equal(whole.t, torch.cat([p.t for p in parts]))
     assert torch.equal(whole.drop_hint["canny"], torch.cat([p.drop_hint["canny"] for p in parts]))
@@ -92,6 +94,38 @@ def test_a_killed_run_ends_bit_identical(tiny_base: Path, edges: Path, tmp_path:
     assert same(weights(straight), weights(resumed))
     steps = [json.loads(line)["step"] for line in resumed.metrics.read_text().splitlines()]
     assert steps == sorted(set(steps)), "metrics of repeated steps were kept"
+
+
+class Crash(Exception):
+    """The machine went down."""
+
+
+def rows_of(run: Run) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_the_log_after_a_crash_is_that_of_an_undisturbed_run(
+    tiny_base: Path, edges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sctool.core.training.trainer import Trainer
+
+    settings = config(tiny_base, edges, cond=("canny",), steps=14, validate_every=7)
+    straight, step = trained(tmp_path / "a", settings), Trainer.step
+
+    def crashing(self: Trainer, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if number == 8:
+            raise Crash
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", crashing)
+    with pytest.raises(Crash):
+        trained(tmp_path / "b", settings)
+    monkeypatch.setattr(Trainer, "step", step)
+    resumed = trained(tmp_path / "b", settings)
+    assert [row["step"] for row in rows_of(straight)] == [7, 10, 14, 14]
+    assert rows_of(resumed) == rows_of(straight)
+    assert same(weights(straight), weights(resumed))
 
 
 def test_more_steps_go_on_where_the_run_ended(tiny_base: Path, edges: Path, tmp_path: Path) -> None:

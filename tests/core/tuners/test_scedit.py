@@ -9,7 +9,9 @@ from diffusers import UNet2DConditionModel
 
 from sctool.core.config import SCEditConfig
 from sctool.core.errors import UsageError
-from sctool.core.sites.wiring import SkipEditor, TunedBackbone, skips, tuned
+from sctool.core.sites.attaching import TunedBackbone, tuned
+from sctool.core.sites.skips import skips
+from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners.scedit import SCEdit, Stem
 
 SCALES = {"canny": 0.3, "color": 0.7}
@@ -362,7 +364,7 @@ def test_an_unmodified_pipeline_with_guidance_and_two_conditions(tiny_base, recw
     base = draw(["a", "b"], start)
     with tuned(net, tuner):
         both = draw(["a", "b"], start, hints)
-        assert SkipEditor.of(net).encodings == 1
+        assert Wiring.of(net).encodings == 1
         for i, prompt in enumerate(["a", "b"]):  # each picture has its own hint, in both halves of guidance
             alone = draw([prompt], start[i : i + 1], {name: hint[i : i + 1] for name, hint in hints.items()})
             torch.testing.assert_close(alone, both[i : i + 1], rtol=1e-4, atol=1e-4)

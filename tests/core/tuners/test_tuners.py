@@ -9,15 +9,17 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from sctool.core.backbones.families import family_of_denoiser
 from sctool.core.checkpoint import load_tuner, save_tuner
 from sctool.core.errors import SctoolError, UsageError
-from sctool.core.sites.wiring import SkipEditor, TunedBackbone, tuned
+from sctool.core.sites.attaching import TunedBackbone, tuned
+from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners import TUNERS, method_config, tuner_class
 
 CASES = [
     pytest.param(method, conditions, id=method + "-".join(("", *conditions)))
     for method, row in TUNERS.items()
-    for conditions in ((), *((("canny",), ("canny", "color")) if row.kind == "skips" else ()))
+    for conditions in ((), *((("canny",), ("canny", "color")) if row.takes_conditions else ()))
 ]
 every_method = pytest.mark.parametrize(("method", "conditions"), CASES)
 
@@ -98,14 +100,15 @@ def test_detaching_restores_the_base_bit_for_bit(method, conditions):
 def test_a_saved_tuner_is_the_same_tuner(method, conditions, tmp_path):
     net = unet()
     tuner = build(net, method, conditions)
-    backbone = types.SimpleNamespace(id="tiny", hash="0" * 64, family="sd", licence="none", denoiser=net)
+    family = family_of_denoiser(net.config)
+    backbone = types.SimpleNamespace(id="tiny", hash="0" * 64, family=family, licence="none", denoiser=net)
     save_tuner(tmp_path, tuner, backbone)
     again = load_tuner(tmp_path, backbone)
     assert (again.method, again.config, again.conditions) == (tuner.method, tuner.config, tuner.conditions)
     with tuned(net, tuner):
-        expected = TunedBackbone.forward(types.SimpleNamespace(denoiser=net), *inputs(conditions))
+        expected = family.predict(net, *inputs(conditions))
     with tuned(net, again):
-        assert torch.equal(TunedBackbone.forward(types.SimpleNamespace(denoiser=net), *inputs(conditions)), expected)
+        assert torch.equal(family.predict(net, *inputs(conditions)), expected)
     for name, value in tuner.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
 
@@ -174,12 +177,12 @@ def test_a_compiled_sampler_encodes_the_hint_once():
     with torch.no_grad(), tuned(net, build(net, "scedit", ("canny",))):
         channel = {"cross_attention_kwargs": {"hint": hints}}
         expected = net(latents, t, text["prompt_embeds"], **channel).sample
-        before = SkipEditor.of(net).encodings
+        before = Wiring.of(net).encodings
         torch._dynamo.reset()
         net.compile(backend="aot_eager")
         for _ in range(3):
             torch.testing.assert_close(net(latents, t, text["prompt_embeds"], **channel).sample, expected)
-        assert SkipEditor.of(net).encodings == before
+        assert Wiring.of(net).encodings == before
     torch._dynamo.reset()
 
 

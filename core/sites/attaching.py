@@ -1,0 +1,124 @@
+"""Attaching tuners to a denoiser and taking them off again; denoiser and tuners as one module for training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..backbones.families import family_of_denoiser
+from ..errors import UsageError, unknown
+
+Scales = float | Sequence[float]
+
+
+class Removable(Protocol):
+    """What a tuner's `attach` returns: undoes it exactly. A plain object, so that a deep copy undoes the copy's."""
+
+    def remove(self) -> None:
+        """Takes the tuner off."""
+        ...
+
+
+class Attachable(Protocol):
+    """A tuner as it is attached."""
+
+    conditions: tuple[str, ...]
+
+    def attach(
+        self, denoiser: nn.Module, *, scale: float, weights: Mapping[str, float] | None, normalize: bool | None
+    ) -> Removable:
+        """Makes the denoiser use the tuner until the value returned is removed."""
+        ...
+
+
+class Attachment:
+    """Tuners on a denoiser; `detach` restores it exactly."""
+
+    def __init__(self, parts: list[Removable]) -> None:
+        self._parts = parts
+
+    def detach(self) -> None:
+        """Takes the tuners off in reverse order; a second call does nothing."""
+        while self._parts:
+            self._parts.pop().remove()
+
+
+def attach(
+    target: Any,
+    *tuners: Attachable,
+    scales: Scales | None = None,
+    weights: Mapping[str, float] | None = None,
+    normalize: bool | None = None,
+) -> Attachment:
+    """Attaches tuners to a denoiser (or a backbone's): all of them or, when one does not fit, none.
+
+    `scales` is one strength, or one per tuner, of any size and sign; 0 leaves a tuner out. `weights` and `normalize`
+    override the tuners' own condition weights (alpha). Raises `SctoolError` or `UsageError` for a tuner that cannot be.
+    """
+    denoiser = getattr(target, "denoiser", target)
+    scales = 1.0 if scales is None else scales
+    strengths = [scales] * len(tuners) if isinstance(scales, int | float) else scales
+    if len(strengths) != len(tuners):
+        raise UsageError(f"{len(strengths)} scales for {len(tuners)} tuners; give one, or one per tuner.")
+    known = {name for tuner in tuners for name in tuner.conditions}
+    for name in weights or ():
+        if name not in known:
+            raise unknown("condition", name, known)
+    attachment = Attachment([])
+    try:
+        for tuner, scale in zip(tuners, strengths, strict=True):
+            attachment._parts.append(tuner.attach(denoiser, scale=float(scale), weights=weights, normalize=normalize))
+    except BaseException:
+        attachment.detach()
+        raise
+    return attachment
+
+
+@contextmanager
+def tuned(
+    target: Any,
+    *tuners: Attachable,
+    scales: Scales | None = None,
+    weights: Mapping[str, float] | None = None,
+    normalize: bool | None = None,
+) -> Iterator[nn.Module]:
+    """The tuned denoiser inside, the base bit for bit outside. Arguments as `attach`."""
+    attachment = attach(target, *tuners, scales=scales, weights=weights, normalize=normalize)
+    try:
+        yield getattr(target, "denoiser", target)
+    finally:
+        attachment.detach()
+
+
+class TunedBackbone(nn.Module):
+    """A frozen denoiser and its attached tuners as one module, for DDP and accelerate; only tuners are trained.
+
+    `tuners` are `core.tuners.base.Tuner`s.
+    """
+
+    def __init__(self, denoiser: nn.Module, *tuners: Any, **attach_options: Any) -> None:
+        super().__init__()
+        self.family = family_of_denoiser(denoiser.config)
+        self.denoiser = denoiser.requires_grad_(False)
+        self.tuners = nn.ModuleList(tuners).requires_grad_(True)
+        self.attachment = attach(denoiser, *tuners, **attach_options)
+        self.train(denoiser.training)
+
+    def train(self, mode: bool = True) -> TunedBackbone:
+        """Training mode for the tuners; the denoiser stays in evaluation mode unless a tuner trains its weights."""
+        super().train(mode)
+        if all(tuner.keeps_eval_mode for tuner in self.tuners):
+            self.denoiser.eval()
+        return self
+
+    def forward(
+        self, latents: Tensor, t: Tensor, rows: Mapping[str, Tensor], hints: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The prediction (B, C, h, w) for noisy `latents` (B, C, h, w) at timesteps `t` (B,).
+
+        `rows` is the family's conditioning, `hints` condition maps (B, 3, H, W) in 0..1 by condition.
+        """
+        return self.family.predict(self.denoiser, latents, t, rows, hints)

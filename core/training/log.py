@@ -1,0 +1,103 @@
+"""What a training reports: rows of metrics.jsonl and TensorBoard, the mean loss between rows, the closing summary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..errors import SctoolError
+from ..runs import Run
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One row of the log: the mean loss since the row before, and the step's learning rate and gradient norm."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished training reports; `last` is None where nothing was left to train."""
+
+    steps: int
+    precision: str
+    peak_memory_gb: float
+    last: StepFigures | None = None
+    validation: dict[str, float] = field(default_factory=dict)
+    """Figures of the last validation, named val/..."""
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat JSON object."""
+        last = {} if self.last is None else {"step": self.last.step, "loss": self.last.loss, "lr": self.last.lr}
+        norm = {} if self.last is None else {"grad_norm": self.last.grad_norm}
+        closing = {"steps": self.steps, "peak_memory_gb": self.peak_memory_gb, "precision": self.precision}
+        return {**last, **norm, **self.validation, **closing}
+
+
+class LossMeter:
+    """Losses of the steps since the last row, on this process; survives a resume, so that rows are the same."""
+
+    def __init__(self, accelerator: Accelerator, losses: list[float]) -> None:
+        self.accelerator = accelerator
+        self.recent = [torch.tensor(loss, device=accelerator.device) for loss in losses]
+
+    def add(self, loss: Tensor) -> None:
+        """Adds one step's loss, a scalar."""
+        self.recent.append(loss)
+
+    def since_last_row(self) -> list[float]:
+        """The losses of the steps since the last row, averaged over processes. All processes must call it."""
+        if not self.recent:
+            return []
+        return self.accelerator.reduce(torch.stack(self.recent), "mean").tolist()  # pyright: ignore
+
+    def mean(self) -> float:
+        """The mean of those, and a new row begins. All processes must call it."""
+        value = float(self.accelerator.reduce(torch.stack(self.recent), "mean").mean())  # pyright: ignore
+        self.recent.clear()
+        return value
+
+
+def refuse_divergence(loss: float, step: int, run: Run) -> None:
+    """Raises `SctoolError` when the loss is not finite."""
+    if not math.isfinite(loss):
+        raise SctoolError(
+            f"the loss became {loss} near step {step}; {run.path} keeps its last good state. "
+            "Start again under another --name with a lower lr or precision=fp32."
+        )
+
+
+class Logger:
+    """metrics.jsonl and TensorBoard, on the main process alone."""
+
+    def __init__(self, run: Run, active: bool) -> None:
+        self.run, self.writer = run, None
+        if active:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self.writer = SummaryWriter(str(run.path / "tb"))
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """Writes one row; every number becomes a TensorBoard scalar."""
+        if self.writer is None:
+            return
+        self.run.log({"step": step, **values})
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        """Flushes TensorBoard's file."""
+        if self.writer:
+            self.writer.close()

@@ -1,0 +1,79 @@
+"""What is minimised: an objective gives the loss of every sample of a batch. Diffusion's stands here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Draw
+
+if TYPE_CHECKING:
+    from ..backbones.families.base import Family, Rows
+    from ..backbones.noising import Noising
+
+
+class Objective(Protocol):
+    """A loss that depends on its arguments alone: all randomness is in `draw`."""
+
+    def __call__(self, net: nn.Module, batch: Mapping[str, Any], draw: Draw) -> Tensor:
+        """The loss of each sample, (B,) float32. `net` is a `TunedBackbone`, or one wrapped for several processes."""
+        ...
+
+
+@dataclass(frozen=True)
+class DiffusionObjective:
+    """Mean squared error of the prediction against the base's own training target.
+
+    `null_rows` replace the conditioning of dropped captions; `size` is the training size in pixels; `dtype` is that of
+    the network's inputs, and `autocast` that of autocast where a method needs it.
+    """
+
+    family: Family
+    noising: Noising
+    null_rows: Rows
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+    snr_gamma: float | None = None
+
+    def unweighted(self) -> DiffusionObjective:
+        """The same without min-SNR weights, as held-out losses are reported."""
+        return replace(self, snr_gamma=None)
+
+    def __call__(self, net: nn.Module, batch: Mapping[str, Any], draw: Draw) -> Tensor:
+        """The loss of each sample, (B,) float32, weighted by min-SNR where `snr_gamma` is given."""
+        t, noise = draw.t.to(self.device), draw.noise.to(self.device)
+        mean, std = (batch[name].to(self.device).float() for name in ("mean", "std"))
+        latents = mean + std * draw.posterior.to(self.device)
+        noisy = self.noising.add_noise(latents, noise, t)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            rows = {**self._rows(batch["text"], draw), **self.family.size_rows(len(t), self.size, self.device)}
+            prediction = net(noisy.to(self.dtype), t, rows, self._hints(batch["hints"], draw) or None)
+            target = self.noising.target(latents, noise, t)
+            losses = (prediction.float() - target.float()).square().flatten(1).mean(1)
+            return losses if self.snr_gamma is None else losses * self.noising.snr_weights(t, self.snr_gamma)
+
+    def _rows(self, batch: Mapping[str, Tensor], draw: Draw) -> Rows:
+        """Conditioning rows, those of dropped captions replaced by the null row."""
+        rows, dropped = {}, draw.drop_caption.to(self.device)
+        for key, values in batch.items():
+            mask = dropped.view(-1, *[1] * (values.dim() - 1))
+            rows[key] = torch.where(mask, self._input(self.null_rows[key]), self._input(values))
+        return rows
+
+    def _hints(self, batch: Mapping[str, Tensor], draw: Draw) -> dict[str, Tensor]:
+        """Hints in 0..1, dropped ones black."""
+        hints = {}
+        for name, maps in batch.items():
+            shown = (~draw.drop_hint[name]).to(self.device).view(-1, 1, 1, 1)
+            hints[name] = maps.to(self.device).to(self.dtype) / 255 * shown
+        return hints
+
+    def _input(self, values: Tensor) -> Tensor:
+        """On the device; numbers in the network's dtype, ids as they are."""
+        return values.to(self.device, self.dtype if values.is_floating_point() else values.dtype)

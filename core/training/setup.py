@@ -1,0 +1,167 @@
+"""What a training needs before its first step: base, data, tuner, optimizer, and the state to resume from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from ..backbones.loading import Backbone, load_backbone
+from ..backbones.noising import Noising
+from ..backbones.upsampling import fold_upsampling
+from ..checkpoint import load_tuner
+from ..config import TrainConfig
+from ..data.prepared import PreparedSet, prepare
+from ..data.records import Source
+from ..devices import choose_precision, torch_dtype
+from ..errors import SctoolError, UsageError
+from ..progress import Progress
+from ..runs import Run
+from ..sites.attaching import TunedBackbone
+from ..tuners import method_config, tuner_class
+from ..tuners.base import Tuner
+from .objective import DiffusionObjective
+from .splits import split_records
+from .state import load_state
+
+
+@dataclass
+class Data:
+    """The prepared images: those trained on, and those held out, if any."""
+
+    train: PreparedSet
+    held_out: PreparedSet | None
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w) of a latent."""
+        return tuple(self.train[0]["mean"].shape)
+
+
+def prepare_data(
+    config: TrainConfig, source: Source, held_out: Source | None, backbone: Backbone, progress: Progress
+) -> Data:
+    """Encodes what the cache lacks. Raises `SctoolError` when no image can be trained on."""
+    size = config.size or backbone.resolution
+    training, validation = split_records(source, held_out, config)
+
+    def prepared(records: list[Any], flip: bool) -> PreparedSet:
+        return prepare(
+            records, backbone, size=size, conds=config.conditions, flip=flip, device=backbone.device,
+            trigger=config.trigger, progress=progress.note,
+        )  # fmt: skip
+
+    data = Data(prepared(training, config.flip), prepared(validation, False) if validation else None)
+    if not len(data.train):
+        raise SctoolError(f"--data {config.data} has no image to train on; its faults are listed above.")
+    return data
+
+
+def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
+    """The untrained tuner of `config`, or the one in `config.init` to go on from.
+
+    A run that names no settings of the method takes those of `init`. Raises `UsageError` when the two differ.
+    """
+    settings = method_config(config.method, config.tuner)
+    if not config.init:
+        torch.manual_seed(config.seed)
+        return tuner_class(config.method).build(settings, backbone.denoiser, config.conditions, backbone.vae_scale)
+    tuner = load_tuner(config.init, backbone)
+    same = tuner.config == settings or not config.tuner
+    if tuner.method != config.method or tuple(tuner.conditions) != config.conditions or not same:
+        raise UsageError(
+            f"init={config.init} holds {tuner.method} with conditions {list(tuner.conditions)} and {tuner.config}; "
+            f"this run asks for {config.method} with {list(config.conditions)} and {settings}."
+        )
+    return tuner
+
+
+def build_model(backbone: Backbone, tuner: Tuner, checkpointing: bool = False) -> TunedBackbone:
+    """Denoiser and tuner as they are trained.
+
+    Upsampling is folded after attaching: an upsampler that is trained or has a hooked layer must stay as it is.
+    """
+    model = TunedBackbone(backbone.denoiser, tuner)
+    fold_upsampling(backbone.denoiser)
+    if checkpointing:
+        backbone.denoiser.enable_gradient_checkpointing()
+    return model
+
+
+@dataclass
+class Training:
+    """A training that is ready for step number `start`; `recent` are the losses since the last row of the log."""
+
+    config: TrainConfig
+    run: Run
+    accelerator: Accelerator
+    backbone: Backbone
+    data: Data
+    tuner: Tuner
+    model: TunedBackbone
+    net: nn.Module
+    """The model as steps call it: wrapped for several processes."""
+    objective: DiffusionObjective
+    noising: Noising
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    rate: Callable[[int], float]
+    """The learning rate of a step."""
+    ema: EMAModel | None
+    scaler: torch.amp.GradScaler
+    precision: str
+    start: int
+    recent: list[float]
+
+
+def set_up(
+    config: TrainConfig,
+    run: Run,
+    backbone: Backbone,
+    data: Data,
+    tuner: Tuner,
+    accelerator: Accelerator,
+    precision: str,
+) -> Training:
+    """Attaches the tuner, makes optimizer and objective, and restores the newest state. `data` has been prepared."""
+    device = accelerator.device
+    autocast = tuner.needs_autocast or precision == "fp16"  # fp32 master weights in the forward pass need it
+    model = build_model(backbone, tuner, config.checkpointing).to(device, memory_format=torch.channels_last)
+    parameters = [p for p in tuner.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    rates = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+    ema = EMAModel(parameters, decay=config.ema) if config.ema else None
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    start, recent = load_state(run, tuner, optimizer, ema, scaler)
+    if config.compile:
+        model.compile()
+    noising = backbone.noising()
+    objective = DiffusionObjective(
+        backbone.family,
+        noising,
+        data.train.empty_text,
+        config.size or backbone.resolution,
+        device,
+        dtype=torch.float32 if autocast else torch_dtype(precision),
+        autocast=torch_dtype(precision) if autocast and precision != "fp32" else None,
+        snr_gamma=config.snr_gamma,
+    )
+    net, factor = accelerator.prepare_model(model), rates.lr_lambdas[0]
+    return Training(
+        config, run, accelerator, backbone, data, tuner, model, net, objective, noising, parameters, optimizer,
+        lambda step: config.lr * factor(step), ema, scaler, precision, start, recent,
+    )  # fmt: skip
+
+
+def load_for_training(config: TrainConfig, device: torch.device, offline: bool) -> tuple[Backbone, str]:
+    """The base in the run's precision, and that precision."""
+    precision = choose_precision(config.precision, device)
+    return load_backbone(config.base, dtype=torch_dtype(precision), device=device, offline=offline), precision

@@ -1,0 +1,132 @@
+"""Families: recognised, loaded, called and sampled through one contract; unsupported bases are refused early."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from sctool.cli import run
+from sctool.core.backbones.architectures import KNOWN, architecture
+from sctool.core.backbones.bases import resolution
+from sctool.core.backbones.families import FAMILIES, family_of_denoiser, family_of_pipeline
+from sctool.core.backbones.loading import autoencoder_dtype, load_backbone
+from sctool.core.errors import UsageError
+
+
+@pytest.mark.parametrize("base", KNOWN)
+def test_known_bases_are_recognised_and_dummy_rows_run_through_them(base: str) -> None:
+    shapes = architecture(base)
+    family = shapes.family
+    assert family.name == ("sdxl" if base == "sdxl" else "sd")
+    small = {"block_out_channels": [8] * len(KNOWN[base].get("block_out_channels", [0] * 4)), "norm_num_groups": 4}
+    small |= {"attention_head_dim": 4, "transformer_layers_per_block": 1}
+    with torch.device("meta"):
+        net = family.build_denoiser({**shapes.config, **small})
+    latents = torch.empty(2, 4, 16, 16, device="meta")
+    out = family.predict(net, latents, torch.zeros(2, device="meta"), family.dummy_rows(net.config, 2, "meta"))
+    assert out.shape == latents.shape
+    assert family.latent_size(shapes.config) * 8 == {"sd15": 512, "sd21": 768, "sdxl": 1024}[base]
+
+
+def test_rows_of_the_size_are_among_the_dummy_rows() -> None:
+    for family, base in zip(FAMILIES, ("sd15", "sdxl"), strict=True):
+        rows = family.dummy_rows(architecture(base).denoiser().config, 3, "cpu")
+        for name, row in family.size_rows(3, 512, torch.device("cpu")).items():
+            assert rows[name].shape == row.shape
+
+
+def test_predict_is_the_denoisers_own_call() -> None:
+    torch.manual_seed(0)
+    net = UNet2DConditionModel(
+        block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=8, attention_head_dim=4, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 10,
+    )  # fmt: skip
+    family = family_of_denoiser(net.config)
+    rows = {
+        "prompt_embeds": torch.randn(2, 3, 8), "pooled": torch.randn(2, 10),
+        **family.size_rows(2, 64, torch.device("cpu")),
+    }  # fmt: skip
+    latents, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 7])
+    added = {"text_embeds": rows["pooled"], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+    expected = net(latents, t, rows["prompt_embeds"], added_cond_kwargs=added).sample
+    assert torch.equal(family.predict(net, latents, t, rows), expected)
+    assert family.dummy_rows(net.config, 1, "cpu")["pooled"].shape == (1, 10)
+
+
+def altered(base: Path, folder: Path, channels: int) -> Path:
+    """A copy of the base whose U-Net's config says another number of input channels; its weights are unreadable."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": channels}))
+    for weights in (folder / "unet").glob("*.safetensors"):
+        weights.write_bytes(b"not read")
+    return folder
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting base"), (5, "image inputs of its own")])
+def test_bases_that_take_more_than_noisy_latents_are_refused_before_loading(
+    tiny_base: Path, pictures: Path, tmp_path: Path, channels: int, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(altered(tiny_base, tmp_path / "base", channels))
+    with pytest.raises(UsageError, match=kind):
+        load_backbone(base)
+    for words in (
+        ["train", "--base", base, "--data", str(pictures), "--steps", "1", "--out", str(tmp_path / "runs")],
+        ["sample", "a hat", "--base", base, "--no-tuner", "--out", str(tmp_path / "out")],
+    ):
+        assert run(words) == 2
+        error = capsys.readouterr().err
+        assert f"{channels} input channels" in error
+        assert "unexpected" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_pipelines_are_refused_by_name(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    index = tmp_path / "base" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionInpaintPipeline"}))
+    with pytest.raises(UsageError, match=r"StableDiffusionInpaintPipeline.*--cond mask"):
+        load_backbone(str(tmp_path / "base"))
+    with pytest.raises(UsageError, match="supported are StableDiffusionPipeline, StableDiffusionXLPipeline"):
+        family_of_pipeline("FluxPipeline", "flux")
+    with pytest.raises(UsageError, match="not supported"):
+        family_of_denoiser({"_class_name": "FluxTransformer2DModel"})
+
+
+def test_resolution_needs_the_configs_alone(tiny_base: Path) -> None:
+    assert resolution(str(tiny_base)) == 32
+    assert resolution("mini") == 64
+
+
+def test_prompts_longer_than_the_text_encoder_reads_are_counted(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = load_backbone(str(tiny_base))
+    assert backbone.pipe.tokenizer.model_max_length == 16
+    assert not backbone.too_long("x" * 14)
+    assert backbone.too_long("x" * 15)
+    words = ["sample", "x" * 15, "short", "--base", str(tiny_base), "--no-tuner", "--steps", "1"]
+    assert run([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "1 of 2 prompts are longer than the text encoder reads" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_autoencoder_is_never_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert autoencoder_dtype("cpu") == torch.float32
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+        assert autoencoder_dtype("cuda") == dtype
+
+
+def test_the_autoencoders_precision_is_part_of_the_latents_identity(tiny_base: Path) -> None:
+    full, half = (load_backbone(str(tiny_base), vae_dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert full.latents_id != half.latents_id
+    assert full.conditioning_id == half.conditioning_id
+    mean, std = half.encode_images(torch.rand(1, 3, 32, 32) * 2 - 1)
+    assert mean.dtype == std.dtype == torch.float32
