@@ -134,7 +134,7 @@ def _check_settings(source: Source, spec: ConditionSpec, noted: Params, maps: st
     params = identity if maps else {**identity, **noted}
     if annotator.made_with_same_settings(params):
         return
-    shown = [f"{key}={value}" for key, value in params.items() if key in annotator.Settings.model_fields]
+    shown = [f"{key}={params[key]}" for key in annotator.Settings.model_fields if key in params]
     shown += [f"{key.removesuffix('_varies')} that varies" for key in params if key.endswith("_varies")]
     how = f"were made with {', '.join(shown)}" if shown else "have no record of how they were made"
     raise UsageError(
