@@ -1,4 +1,4 @@
-"""Annotators: picture to condition map. `ANNOTATORS` is the only table of names: a condition is a file and a row."""
+"""Annotators: from an image to its condition map. One file per condition and one row in the table `ANNOTATORS`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ ANNOTATORS: dict[str, type[Annotator]] = {
 
 
 def make_annotators(conditions: str | Iterable[str], seed: int = 0, flag: str = "--cond") -> tuple[Annotator, ...]:
-    """Annotators from `canny:low=50,high=150,color` (one text or several; see `core.data.conditions`).
+    """Annotators from `canny:low=50,high=150,color` (one string or several; see `core.data.conditions`).
 
-    Raises `UsageError` for an unknown condition or setting (naming the nearest), one given twice, or none at all.
+    Raises `UsageError` for an unknown condition or setting (naming the nearest), for one given twice, and for none.
     """
     specs = parse_conditions(conditions, flag)
     if not specs:
@@ -37,6 +37,5 @@ def make_annotators(conditions: str | Iterable[str], seed: int = 0, flag: str = 
 
 
 def annotator(condition: str, seed: int = 0) -> Annotator:
-    """One annotator from its name, with settings or without: `canny`, `canny:low=50,high=150`."""
-    (only,) = make_annotators(condition, seed)
-    return only
+    """One annotator from its name, with or without settings: `canny`, `canny:low=50,high=150`."""
+    return make_annotators(condition, seed)[0]

@@ -20,15 +20,15 @@ RANDOM_RANGES = {
 
 
 class CannySettings(Config):
-    """Thresholds of the gradient magnitude (L1, aperture 3), fixed or drawn for each picture."""
+    """Thresholds of the gradient magnitude (L1, aperture 3), fixed or random for each image."""
 
     low: int = Field(100, ge=0, description="weak edges above this are kept when they touch strong ones")
     high: int = Field(200, ge=0, description="strong edges")
-    random: Literal["none", "scepter", "t2i"] = Field("none", description="draw thresholds from a published range")
+    random: Literal["none", "scepter", "t2i"] = Field("none", description="random thresholds from a published range")
 
 
 class Canny(Annotator):
-    """Edges 255 on 0, at the picture's size; equal to `cv2.Canny(rgb, low, high)` bit for bit."""
+    """Edges 255 on 0, at the image's size; equal to `cv2.Canny(rgb, low, high)` bit for bit."""
 
     name = "canny"
     version = "canny-1"
@@ -37,15 +37,20 @@ class Canny(Annotator):
 
     @classmethod
     def parse(cls, text: str = "", seed: int = 0) -> Annotator:
-        """As in the contract; fixed and drawn thresholds exclude each other."""
+        """As in the base class; fixed and random thresholds exclude each other."""
         annotator = super().parse(text, seed)
         given = annotator.settings.model_fields_set
         if "random" in given and given & {"low", "high"}:
-            raise UsageError("canny random= draws both thresholds; leave out low= and high=, or random=.")
+            raise UsageError("canny random= chooses both thresholds; leave out low= and high=, or random=.")
         return annotator
 
+    def made_with_same_settings(self, params: Params) -> bool:
+        """As in the base class. Two recorded thresholds imply `random=none`, which is not recorded with a map."""
+        fixed = {"random": "none"} if {"low", "high"} <= params.keys() else {}
+        return super().made_with_same_settings({**fixed, **params})
+
     def thresholds(self, key: str) -> tuple[int, int]:
-        """(low, high) of the picture named `key`."""
+        """(low, high) of the image with this key."""
         settings = self.settings
         assert isinstance(settings, CannySettings)
         if settings.random == "none":
@@ -57,21 +62,21 @@ class Canny(Annotator):
     def annotate(self, image: np.ndarray, key: str) -> tuple[np.ndarray, Params]:
         """(H, W, 3) RGB to an (H, W) map of 0 and 255, with the thresholds used.
 
-        The channels' order matters: of equal gradients the first channel's is taken, so BGR gives other edges.
+        The order of the channels matters: of equal gradients the first channel's is used, so BGR gives other edges.
         """
         low, high = self.thresholds(key)
         return edges(image, low, high), {"low": low, "high": high}
 
 
 STRIP = 1 << 17
-"""Pixels whose gradients fit into a processor's cache together."""
+"""Pixels whose gradients fit into a processor's cache."""
 
 
 def edges(image: np.ndarray, low: int, high: int) -> np.ndarray:
     """`cv2.Canny(image, low, high)` of (H, W, 3) uint8, bit for bit and in about half the time.
 
-    OpenCV takes at each pixel the gradient of the channel where |dx| + |dy| is largest, of equal ones the first, in a
-    loop over pixels. The same choice by whole channels runs in vector instructions.
+    At each pixel OpenCV uses the gradient of the channel where |dx| + |dy| is largest (the first of equal ones), in a
+    loop over pixels. Here the same choice is made for whole channels, with vector instructions.
     """
     height, width = image.shape[:2]
     step = max(1, STRIP // width)
@@ -79,14 +84,14 @@ def edges(image: np.ndarray, low: int, high: int) -> np.ndarray:
         return cv2.Canny(*_gradients(image), low, high)
     dx, dy = (np.empty((height, width), np.int16) for _ in range(2))
     for top in range(0, height, step):
-        above = min(top, 1)  # a row of the neighbours, so that only the picture's own border is replicated
+        above = min(top, 1)  # include the neighbouring row, so that only the image's border is replicated
         x, y = _gradients(image[top - above : top + step + 1])
         dx[top : top + step], dy[top : top + step] = x[above : above + step], y[above : above + step]
     return cv2.Canny(dx, dy, low, high)
 
 
 def _gradients(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The winning channel's 3x3 Sobel gradients, two int16 (H, W)."""
+    """The 3x3 Sobel gradients of the channel where they are largest, two int16 (H, W)."""
     channels = cv2.split(image)
     dx, dy = cv2.spatialGradient(channels[0], borderType=cv2.BORDER_REPLICATE)
     size = np.abs(dx) + np.abs(dy)

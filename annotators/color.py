@@ -1,7 +1,7 @@
-"""Spatial palette: the picture at 1/64 of its size, as T2I-Adapter, webui and scepter make it.
+"""Spatial palette: the image at 1/64 of its size, as T2I-Adapter, webui and scepter make it.
 
-The published algorithm then enlarges it again by nearest neighbour. Stored is the small picture: a fiftieth of the
-bytes, and the enlargement at load is exact because width and height are among the parameters.
+The published algorithm then enlarges it again by nearest neighbour. Here the small image is stored, a fiftieth of the
+bytes; it is enlarged when loaded, exactly, because width and height are among the parameters.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ FILTERS = {"cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
 
 
 class ColorSettings(Config):
-    """How coarse the palette is, and how its colours are found."""
+    """How coarse the palette is, and how its colours are computed."""
 
-    ratio: int = Field(64, ge=1, description="pixels of the picture a palette cell, each way")
+    ratio: int = Field(64, ge=1, description="image pixels per palette cell and side")
     filter: Literal["cubic", "area"] = Field(
-        "cubic", description="cubic: the published sampling of 4x4 pixels a cell; area: the true mean of the cell"
+        "cubic", description="cubic: as published, from 4x4 pixels per cell; area: the mean of the cell"
     )
 
 
@@ -35,7 +35,7 @@ class Color(Annotator):
     Settings = ColorSettings
 
     def annotate(self, image: np.ndarray, key: str) -> tuple[np.ndarray, Params]:
-        """(H, W, 3) RGB to the small palette; `width` and `height` are the picture's."""
+        """(H, W, 3) RGB to the small palette; `width` and `height` are the image's."""
         settings = self.settings
         assert isinstance(settings, ColorSettings)
         height, width = image.shape[:2]
@@ -45,5 +45,5 @@ class Color(Annotator):
 
 
 def enlarge(palette: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The palette at the picture's size, (height, width, 3): each cell one block of its colour."""
+    """The palette at the image's size, (height, width, 3): a block of one colour per cell."""
     return cv2.resize(palette, (width, height), interpolation=cv2.INTER_NEAREST)

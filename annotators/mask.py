@@ -1,9 +1,9 @@
 """Inpainting masks of LaMa (Suvorov et al. 2021, arXiv 2109.07161; saicinpainting/training/data/masks.py).
 
-A mask is either brush strokes or boxes, never both. The published sizes are pixels at 256 (training) or 512 (the
-evaluation sets), so the same numbers cover a third as much at twice the size; here they scale with min(H, W).
-One polarity: 255 is to be painted. Strokes and boxes are drawn from the picture's own generator, not a global one
-that forked workers would share.
+A mask is either brush strokes or boxes, never both. The published sizes are in pixels, for images of 256 (training) or
+512 (the evaluation sets); here they scale with min(H, W), so that a preset covers the same share at every size.
+255 is to be painted. Random numbers come from a generator per image, not from a global one that forked workers would
+share.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pydantic import Field
 from ..core.config import Config
 from .base import Annotator, Params
 
-TRIES = 100
+MAX_TRIES = 100
 
 
 @dataclass(frozen=True)
 class Strokes:
-    """Ranges of the irregular kind, in pixels at the preset's size; `times` is inclusive."""
+    """Ranges for masks of strokes, in pixels at the preset's size; `times` is inclusive."""
 
     times: tuple[int, int]
     length: int
@@ -34,7 +34,7 @@ class Strokes:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Ranges of the box kind, in pixels at the preset's size; both ranges are inclusive."""
+    """Ranges for masks of boxes, in pixels at the preset's size; both ranges are inclusive."""
 
     times: tuple[int, int]
     side: tuple[int, int]
@@ -43,7 +43,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published mixture: strokes, or boxes with probability `box`; masks above `area` are drawn again."""
+    """A published mixture: boxes with probability `box`, otherwise strokes; masks larger than `area` are rejected."""
 
     base: int
     strokes: Strokes
@@ -52,7 +52,7 @@ class Preset:
     area: float
 
 
-# LaMa calls its stroke routine with one more than max_times, so the inclusive upper end is the config's + 1.
+# LaMa calls its stroke routine with max_times + 1, so the inclusive upper end is one more than in its config.
 PRESETS = {
     "train": Preset(256, Strokes((1, 6), 200, 100), Boxes((1, 4), (30, 150), 10), 1 / 2, 1.0),
     "medium": Preset(512, Strokes((4, 11), 200, 100), Boxes((1, 5), (30, 150), 0), 0.3 / 1.3, 0.5),
@@ -62,14 +62,14 @@ PRESETS = {
 
 
 class MaskSettings(Config):
-    """Which published mixture, and how much of a picture it may cover."""
+    """Which published mixture, and how much of an image it may cover."""
 
     preset: Literal["train", "medium", "thick", "thin"] = Field("train", description="LaMa's configuration")
     area: float | None = Field(None, gt=0, le=1, description="largest share covered; the preset's own by default")
 
 
 class Mask(Annotator):
-    """Random mask (H, W): 255 is to be painted, 0 stays; never empty."""
+    """Random mask (H, W): 255 is to be painted, 0 is kept; never empty."""
 
     name = "mask"
     version = "mask-1"
@@ -77,7 +77,7 @@ class Mask(Annotator):
     bilevel = True
 
     def annotate(self, image: np.ndarray, key: str) -> tuple[np.ndarray, Params]:
-        """(H, W, 3) to an (H, W) mask, with preset, kind and the covered share."""
+        """(H, W, 3) to an (H, W) mask, with preset, kind and covered share."""
         settings = self.settings
         assert isinstance(settings, MaskSettings)
         preset = PRESETS[settings.preset]
@@ -85,7 +85,7 @@ class Mask(Annotator):
         generator = self.generator(key)
         height, width = image.shape[:2]
         best: tuple[float, np.ndarray, str] | None = None
-        for _ in range(TRIES):
+        for _ in range(MAX_TRIES):
             boxed = preset.boxes is not None and generator.random() < preset.box
             mask = _boxes(preset, height, width, generator) if boxed else _strokes(preset, height, width, generator)
             share = float(np.count_nonzero(mask)) / mask.size
@@ -100,7 +100,7 @@ class Mask(Annotator):
 
 
 def _strokes(preset: Preset, height: int, width: int, generator: np.random.Generator) -> np.ndarray:
-    """Broken lines of random direction, length and brush."""
+    """Broken lines of random direction, length and width."""
     strokes, scale = preset.strokes, min(height, width) / preset.base
     mask = np.zeros((height, width), np.uint8)
     for i in range(int(generator.integers(strokes.times[0], strokes.times[1] + 1))):
@@ -119,7 +119,7 @@ def _strokes(preset: Preset, height: int, width: int, generator: np.random.Gener
 
 
 def _boxes(preset: Preset, height: int, width: int, generator: np.random.Generator) -> np.ndarray:
-    """Axis-parallel boxes inside the margin; sides shrink to what a small picture can hold."""
+    """Axis-parallel boxes inside the margin; sides shrink to fit small images."""
     boxes, scale = preset.boxes, min(height, width) / preset.base
     assert boxes is not None
     mask = np.zeros((height, width), np.uint8)

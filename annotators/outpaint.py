@@ -1,4 +1,4 @@
-"""Outpainting masks: a rectangle of the picture is kept and all around it is to be painted (UniControl 2023)."""
+"""Outpainting masks: a rectangle of the image is kept, everything around it is to be painted (UniControl 2023)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pydantic import Field, field_validator
 from ..core.config import Config
 from .base import Annotator, Params
 
-SHAPE = 2.0
-"""A kept rectangle is at most this many times wider, or narrower, than the picture's own proportions."""
+MAX_STRETCH = 2.0
+"""The aspect ratio of a kept rectangle differs from the image's by at most this factor."""
 
 
 class OutpaintSettings(Config):
-    """How much of a picture is kept, and where."""
+    """How much of an image is kept, and where."""
 
-    keep: tuple[float, float] = Field((0.2, 0.6), description="share of the area kept, drawn from this range: LOW-HIGH")
-    centre: bool = Field(False, description="keep the middle, in the picture's proportions, as UniControl does")
+    keep: tuple[float, float] = Field((0.2, 0.6), description="share of the area that is kept, random in LOW-HIGH")
+    centre: bool = Field(False, description="keep the centre, with the image's aspect ratio, as UniControl does")
 
     @field_validator("keep", mode="before")
     @classmethod
     def _read(cls, value: Any) -> Any:
-        """`0.2-0.6`, or one share."""
+        """Reads `0.2-0.6`, or one share."""
         if not isinstance(value, str):
             return value
         low, _, high = value.partition("-")
@@ -39,7 +39,7 @@ class OutpaintSettings(Config):
 
 
 class Outpaint(Annotator):
-    """Mask (H, W): 255, outside of one rectangle, is to be painted; 0, inside, is kept."""
+    """Mask (H, W): 0 inside one rectangle is kept; 255 around it is to be painted."""
 
     name = "outpaint"
     version = "outpaint-1"
@@ -47,23 +47,23 @@ class Outpaint(Annotator):
     bilevel = True
 
     def annotate(self, image: np.ndarray, key: str) -> tuple[np.ndarray, Params]:
-        """(H, W, 3) to an (H, W) mask, with the kept rectangle as x0, y0, x1, y1 (ends not included) and its share."""
+        """(H, W, 3) to a mask (H, W), with the kept rectangle as x0, y0, x1, y1 (ends excluded) and its share."""
         settings = self.settings
         assert isinstance(settings, OutpaintSettings)
         generator = self.generator(key)
         height, width = image.shape[:2]
         share = generator.uniform(*settings.keep)
-        stretch = 1.0 if settings.centre else math.exp(generator.uniform(-math.log(SHAPE), math.log(SHAPE)))
-        # A share s of stretch a has sides sqrt(s a) and sqrt(s / a) of the picture's: neither may pass the whole.
+        stretch = 1.0 if settings.centre else math.exp(generator.uniform(-math.log(MAX_STRETCH), math.log(MAX_STRETCH)))
+        # With share s and stretch a, the sides are sqrt(s a) and sqrt(s / a) of the image's; neither may exceed 1.
         stretch = min(max(stretch, share), 1 / share)
         kept_w = min(max(1, round(width * math.sqrt(share * stretch))), width)
         kept_h = min(max(1, round(height * math.sqrt(share / stretch))), height)
-        if (kept_w, kept_h) == (width, height):  # a picture of few pixels
+        if (kept_w, kept_h) == (width, height):  # a tiny image: paint at least one row or column
             kept_w, kept_h = (max(1, width - 1), kept_h) if width > 1 else (kept_w, max(1, height - 1))
         free_w, free_h = width - kept_w, height - kept_h
         left = free_w // 2 if settings.centre else int(generator.integers(free_w + 1))
         top = free_h // 2 if settings.centre else int(generator.integers(free_h + 1))
         mask = np.full((height, width), 255, np.uint8)
         mask[top : top + kept_h, left : left + kept_w] = 0
-        kept = round(kept_w * kept_h / (width * height), 6)
-        return mask, {"kept": [left, top, left + kept_w, top + kept_h], "share": round(1 - kept, 6)}
+        kept_share = round(kept_w * kept_h / (width * height), 6)
+        return mask, {"kept": [left, top, left + kept_w, top + kept_h], "share": round(1 - kept_share, 6)}

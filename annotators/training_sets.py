@@ -1,4 +1,4 @@
-"""The sets that a run trains on and holds out, opened and checked; maps that they lack are made."""
+"""The sets that a run trains on and holds out, opened and checked; missing maps are made."""
 
 from __future__ import annotations
 
@@ -20,25 +20,30 @@ def open_training_sets(
 ) -> tuple[Source, Source | None, dict[str, Any]]:
     """The training set, the held-out set of `--val-data` if any, and how each condition's maps were made.
 
-    Weight-free maps that the set lacks are made at `size` px and kept in the cache. Faults are listed, all in one pass;
-    `strict` decodes every picture and turns any fault into a `SctoolError`.
+    Missing maps of conditions without a network are made at `size` px and cached. All faults are listed in one pass;
+    `strict` decodes every image and turns any fault into a `SctoolError`. Raises `UsageError` as `ensure_maps` does.
     """
     progress = Progress(quiet)
-    made: dict[str, Any] = {}
-    ready = []
+    map_settings: dict[str, Any] = {}
+    sources = []
     for path in filter(None, (config.data, config.val_data)):
         source = open_source(path, config.maps)
         if config.conditions:
-            source, how = ensure_maps(source, config.cond, size)
-            made |= how
-        faults = check(source, conds=config.conditions, need_text=not config.trigger, deep=strict, size=size)
-        for fault in faults[:FAULTS_SHOWN]:
-            progress.note(str(fault))
-        if faults:
-            rest = f", the first {FAULTS_SHOWN} of them above" if len(faults) > FAULTS_SHOWN else ""
-            message = f"{len(faults)} faults in {source.name}{rest}"
-            if strict:
-                raise SctoolError(f"{message}. Mend them, or leave --strict out to train on the rest.")
-            progress.note(f"{message}; going on with the rest. --strict decodes every picture and refuses instead.")
-        ready.append(source)
-    return ready[0], ready[1] if len(ready) > 1 else None, made
+            source, settings = ensure_maps(source, config.cond, size, maps=config.maps)
+            map_settings |= settings
+        _report_faults(source, config, size, progress, strict)
+        sources.append(source)
+    return sources[0], sources[1] if len(sources) > 1 else None, map_settings
+
+
+def _report_faults(source: Source, config: TrainConfig, size: int, progress: Progress, strict: bool) -> None:
+    faults = check(source, conds=config.conditions, need_text=not config.trigger, deep=strict, size=size)
+    for fault in faults[:FAULTS_SHOWN]:
+        progress.note(str(fault))
+    if not faults:
+        return
+    shown = f", the first {FAULTS_SHOWN} of them above" if len(faults) > FAULTS_SHOWN else ""
+    message = f"{len(faults)} faults in {source.name}{shown}"
+    if strict:
+        raise SctoolError(f"{message}. Fix them, or leave --strict out to train on the rest.")
+    progress.note(f"{message}; continuing with the rest. --strict decodes every image and refuses instead.")

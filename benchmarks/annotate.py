@@ -31,7 +31,7 @@ from skimage import data
 
 from sctool.annotators import annotator
 from sctool.annotators.color import enlarge
-from sctool.annotators.engine.maps import Size, make, read
+from sctool.annotators.engine.maps import Size, load_image, make_maps
 from sctool.annotators.engine.run import annotate
 from sctool.core.config import AnnotateConfig
 
@@ -64,11 +64,11 @@ def ours(out: Path, *conds: str) -> Side:
     annotators, size = [annotator(cond) for cond in conds], Size()
 
     def one(path: Path) -> dict[str, Path]:
-        opened = read(path.read_bytes(), path.stem, size)
-        (made,) = make([opened], annotators, size, render=False, image=False)
+        image = load_image(path.read_bytes(), path.stem, size)
+        (output,) = make_maps([image], annotators, size, render=False, with_image=False)
         targets = {cond: out / f"{path.stem}.{cond}.png" for cond in conds}
         for cond, target in targets.items():
-            target.write_bytes(made.maps[cond])
+            target.write_bytes(output.maps[cond])
         return targets
 
     return one

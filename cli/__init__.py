@@ -14,6 +14,7 @@ from .annotate import annotate
 from .compare import compare
 from .evaluate import evaluate
 from .methods import methods
+from .options import Command
 from .sample import sample
 from .train import train
 from .weights import app as weights
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for command in (annotate, train, sample, evaluate, compare, methods):
-    app.command(no_args_is_help=command is annotate)(command)
+    app.command(cls=Command, no_args_is_help=command is annotate)(command)
 app.add_typer(weights, name="weights")
 
 

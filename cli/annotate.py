@@ -1,4 +1,4 @@
-"""`sctool annotate`: one config in, one call to `annotators.run`, one closing line out."""
+"""`sctool annotate`: one config in, one call to `annotators.engine.run`, one closing line out."""
 
 from __future__ import annotations
 
@@ -10,56 +10,40 @@ from typing import Annotated
 
 import typer
 
+from ..core.data.conditions import condition_names
+from .options import help_of
+
+CONDITIONS = (
+    f"{condition_names(network=False)}; with networks: {condition_names(network=True)} (see sctool weights). "
+    "Settings follow a colon: canny:low=50,high=150 or depth:model=dpt-hybrid."
+)
+
 
 def annotate(
-    src: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="Image folder, folder or file of .tar shards, ControlNet prompt.json folder, one image, 'photos', "
-            "or '-' for picture paths on stdin.",
-        ),
-    ],
-    cond: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="canny, color, mask, outpaint; by networks hed, sketch, depth, seg, pose (see sctool weights). "
-            "Settings as canny:low=50,high=150 or depth:model=dpt-hybrid. \\[default: canny]"
-        ),
-    ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write. \\[default: annotated/NAME]")] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            help="none, short:N, crop:N or crop:BASE; maps are made on exactly these pixels. \\[default: none]"
-        ),
-    ] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="merged: a complete data set; maps: the maps alone. \\[default: merged]")
-    ] = None,
-    render: Annotated[bool, typer.Option("--render", help="Store maps as full-size RGB hints.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of masks and random thresholds. \\[default: 0]")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N pictures.")] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Processes. \\[default: all cores]")] = None,
-    ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: its address, auto, or local.")
-    ] = None,
-    shards: Annotated[
-        str | None, typer.Option(metavar="K/N", help="Only the K-th of N parts; array jobs write one set together.")
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail if any picture could not be read.")] = False,
+    src: Annotated[str, typer.Argument(metavar="SRC", help=help_of("AnnotateConfig", "src"))],
+    cond: Annotated[list[str] | None, typer.Option(help=help_of("AnnotateConfig", "cond", CONDITIONS))] = None,
+    out: Annotated[str | None, typer.Option(help=help_of("AnnotateConfig", "out"))] = None,
+    size: Annotated[str | None, typer.Option(help=help_of("AnnotateConfig", "size"))] = None,
+    layout: Annotated[str | None, typer.Option(help=help_of("AnnotateConfig", "layout"))] = None,
+    render: Annotated[bool, typer.Option("--render", help=help_of("AnnotateConfig", "render"))] = False,
+    seed: Annotated[int | None, typer.Option(help=help_of("AnnotateConfig", "seed"))] = None,
+    limit: Annotated[int | None, typer.Option(help=help_of("AnnotateConfig", "limit"))] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help=help_of("AnnotateConfig", "jobs"))] = None,
+    ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help=help_of("AnnotateConfig", "ray"))] = None,
+    shards: Annotated[str | None, typer.Option(metavar="K/N", help=help_of("AnnotateConfig", "shards"))] = None,
+    strict: Annotated[bool, typer.Option("--strict", help=help_of("AnnotateConfig", "strict"))] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
 ) -> None:
-    """Make condition maps of photographs. The same command again resumes.
+    """Make condition maps of images. Run the same command again to resume.
 
-    The result is read as it is by sctool train --data, by datasets and by
-    diffusers' scripts. Pictures that cannot be read are listed in errors.jsonl.
+    The result can be read by sctool train --data, by datasets and by
+    diffusers' training scripts. Unreadable images are listed in errors.jsonl.
 
     Settings: canny low, high, random (scepter, t2i);
     color ratio, filter (cubic, area);
     mask preset (train, medium, thick, thin), area; outpaint keep (0.2-0.6), centre;
-    hed, sketch model, hed also safe, invert; depth, seg, pose model;
+    hed, sketch, depth, seg and pose model; hed also safe, invert;
     pose also detector, threshold, keypoint_threshold;
     all networks dtype (auto, fp32, bf16, fp16) and batch.
 
@@ -89,17 +73,17 @@ def annotate(
     if as_json:
         print(json.dumps(summary))
         return
-    bad = f", {summary['failed']} unreadable (see {summary['errors']})" if summary["failed"] else ""
-    kept = f", {summary['skipped']} of them done before" if summary["skipped"] else ""
-    rest = "" if summary["whole"] else "; the part that ends last writes the lists of the whole set"
+    unreadable = f", {summary['failed']} unreadable (see {summary['errors']})" if summary["failed"] else ""
+    earlier = f", {summary['skipped']} already done" if summary["skipped"] else ""
+    pending = "" if summary["whole"] else "; the part that finishes last writes the lists of the whole set"
     print(
-        f"{summary['out']}: {summary['images']} pictures with {', '.join(summary['conditions'])}{kept}{bad}, "
-        f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s{rest}"
+        f"{summary['out']}: {summary['images']} images with {', '.join(summary['conditions'])}{earlier}{unreadable}, "
+        f"{summary['seconds']:.1f} s, {summary['images_per_second']:.0f} images/s{pending}"
     )
 
 
 def in_pixels(size: str | None) -> str | None:
-    """`crop:BASE` as `crop:N`, N the side that the base was trained at; any other size as it is."""
+    """`crop:BASE` as `crop:N`, where N is the training size of the base; any other size unchanged."""
     kind, _, name = (size or "").partition(":")
     if kind != "crop" or not name or name.isdigit():
         return size
@@ -110,14 +94,14 @@ def in_pixels(size: str | None) -> str | None:
 
 @contextmanager
 def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr with images/s and time left; plain lines now and then where stderr is a file."""
+    """A progress bar on stderr with images/s and time left; a plain line every 15 s if stderr is not a terminal."""
     import time
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, quiet=quiet, highlight=False)
-    began, first, last, told = time.monotonic(), -1, time.monotonic(), -1
+    began, first, last, shown = time.monotonic(), -1, time.monotonic(), -1
 
     def rate(done: int) -> float:
         nonlocal first
@@ -125,10 +109,10 @@ def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         return (done - first) / max(time.monotonic() - began, 1e-9)
 
     def plain(done: int, total: int) -> None:
-        nonlocal last, told
+        nonlocal last, shown
         speed = rate(done)
-        if told != done and (time.monotonic() - last >= 15 or done == total):
-            last, told = time.monotonic(), done
+        if shown != done and (time.monotonic() - last >= 15 or done == total):
+            last, shown = time.monotonic(), done
             left = f"{(total - done) / speed:.0f} s left" if speed else ""
             console.print(f"annotated {done}/{total}  {speed:.0f} images/s  {left}", style="dim")
 

@@ -246,18 +246,18 @@ def to_yaml(config: Config) -> str:
 class AnnotateConfig(Config):
     """Everything that decides what `sctool annotate` writes, and how it goes about it."""
 
-    src: str = Field(description="'photos', an image folder, webdataset shards, one image, or '-' for paths on stdin")
+    src: str = Field(description="'photos', an image folder, shards, prompt.json, one image, or '-' for paths on stdin")
     cond: tuple[str, ...] = Field(("canny",), description="conditions, e.g. canny:low=50,high=150,color")
-    out: str | None = Field(None, description="folder to write; annotated/NAME of the source when not given")
-    size: str = Field("none", description="none, short:N (shorter side) or crop:N (as the trainer crops)")
-    layout: Literal["merged", "maps"] = Field("merged", description="a complete data set, or the maps alone")
+    out: str | None = Field(None, description="folder to write; annotated/NAME when not given")
+    size: str = Field("none", description="none, short:N (shorter side), crop:N or crop:BASE (as the trainer crops)")
+    layout: Literal["merged", "maps"] = Field("merged", description="merged: a complete data set; maps: only the maps")
     render: bool = Field(False, description="store maps as full-size RGB hints instead of their smallest form")
-    seed: int = Field(0, description="seed of masks and random thresholds, together with each picture's key")
-    limit: int | None = Field(None, ge=1, description="only the first N pictures")
-    jobs: int | None = Field(None, ge=1, description="processes; all cores when not given")
+    seed: int = Field(0, description="seed of masks and random thresholds, together with each image's key")
+    limit: int | None = Field(None, ge=1, description="only the first N images")
+    jobs: int | None = Field(None, ge=1, description="worker processes; all cores when not given")
     ray: str | None = Field(None, description="run on a Ray cluster: its address, auto, or local")
     shards: str | None = Field(None, description="K/N: the K-th of N array jobs that write one set together")
-    strict: bool = Field(False, description="fail at the end if any picture could not be read")
+    strict: bool = Field(False, description="fail at the end if any image could not be read")
 
     @field_validator("cond")
     @classmethod

@@ -1,4 +1,4 @@
-"""The same pure functions over many jobs as tasks of a Ray cluster, whose nodes share the folders read and written."""
+"""Jobs as tasks of a Ray cluster, whose nodes share the folders that are read and written."""
 
 from __future__ import annotations
 
@@ -7,47 +7,46 @@ from typing import Any
 
 from ...core.errors import SctoolError, UsageError
 from ...core.signals import Stop
-from .pool import LIVES, Function, interrupted, single_threaded
+from .pool import MAX_ATTEMPTS, JobFunction, interrupted, single_threaded
 
 
-def _task(function: Function, job: Any) -> Any:
+def _task(function: JobFunction, job: Any) -> Any:
     single_threaded()
     return function(job, lambda: None)
 
 
-def run_ray(
-    function: Function,
+def run_on_ray(
+    function: JobFunction,
     jobs: Sequence[Any],
     address: str,
     workers: int | None,
     progress: Callable[[int], None],
-    resume: str,
-    name: Callable[[Any], str],
+    job_name: Callable[[Any], str],
     *,
     gpu: bool = False,
 ) -> list[Any]:
-    """`function(job, beat)` of every job as a Ray task a job; results in order, each a dict of counts by kind.
+    """The results of `function(job, on_image)` for all jobs, in order: one Ray task per job, a dict of counts each.
 
-    address: a cluster's, `auto` for the one that this machine is part of, `local` for one started here. workers: how
-    many tasks run at a time; all that the cluster has room for when None. gpu: a task takes a GPU where there are any.
-    A task whose worker dies is run once more. Raises as `pool.run_jobs` does, and `UsageError` where Ray is missing or
-    cannot be reached.
+    address: of a cluster, `auto` for the one that this machine belongs to, `local` to start one here. workers: number
+    of tasks at a time; as many as the cluster can run when None. gpu: a task uses a GPU if there are any.
+    A task whose worker dies is run once more. Raises the errors of `pool.run_jobs`, and `UsageError` if Ray is not
+    installed or cannot be reached.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError("--ray needs the package ray. Install it: pip install 'sctool[ray]'") from error
     try:
-        here = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {"address": address}
-        ray.init(**here, log_to_driver=False, logging_level="ERROR")
+        options = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {"address": address}
+        ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"--ray {address}: no cluster answers ({str(error).splitlines()[0]}).") from error
     try:
         resources = ray.cluster_resources()
         gpus = 1 if gpu and resources.get("GPU") else 0
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=LIVES - 1)(_task)
-        room = workers or max(1, int(resources.get("GPU" if gpus else "CPU", 1)))
-        return _run(ray, task, function, jobs, room, progress, resume, name)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=MAX_ATTEMPTS - 1)(_task)
+        slots = workers or max(1, int(resources.get("GPU" if gpus else "CPU", 1)))
+        return _run(ray, task, function, jobs, slots, progress, job_name)
     finally:
         ray.shutdown()
 
@@ -55,21 +54,20 @@ def run_ray(
 def _run(
     ray: Any,
     task: Any,
-    function: Function,
+    function: JobFunction,
     jobs: Sequence[Any],
-    room: int,
+    slots: int,
     progress: Callable[[int], None],
-    resume: str,
-    name: Callable[[Any], str],
+    job_name: Callable[[Any], str],
 ) -> list[Any]:
     results: list[Any] = [None] * len(jobs)
     lost: list[int] = []
     running: dict[Any, int] = {}
     waiting = iter(range(len(jobs)))
     done = 0
-    with Stop() as asked:
+    with Stop() as stop:
         while True:
-            while len(running) < room and (number := next(waiting, None)) is not None:
+            while len(running) < slots and (number := next(waiting, None)) is not None:
                 running[task.remote(function, jobs[number])] = number
             if not running:
                 break
@@ -80,17 +78,17 @@ def _run(
                     done += sum(results[number].values())
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause if isinstance(error.cause, SctoolError) else error from None
-                except ray.exceptions.RayError:  # the worker or its node died, or had no memory left
+                except ray.exceptions.RayError:  # the worker or its node died, or ran out of memory
                     lost.append(number)
             progress(done)
-            if asked.signal:
+            if stop.signal:
                 for reference in running:
                     ray.cancel(reference)
-                raise interrupted(asked.signal, resume)
+                raise interrupted(stop.signal)
     if lost:
-        names = ", ".join(name(jobs[number]) for number in lost)
+        names = ", ".join(job_name(jobs[number]) for number in lost)
         raise SctoolError(
-            f"Ray lost the workers of {names}, {LIVES} at each, probably for want of memory. Everything else is "
-            "finished and kept: run the same command again."
+            f"Ray lost the workers of {names}, {MAX_ATTEMPTS} at each, probably for lack of memory. Everything else is "
+            "finished: run the same command again."
         )
     return results

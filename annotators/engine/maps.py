@@ -1,4 +1,4 @@
-"""Pictures to all their maps as files: decoded once, resized once, each map stored losslessly and small."""
+"""All maps of an image as files: the image is decoded and resized once, each map is stored losslessly and small."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ...core.errors import UsageError
 from ..base import Annotator
 from ..color import enlarge
 
-ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
 class Size:
-    """`none`, `short:N` (shorter side to N) or `crop:N` (the trainer's own geometry: N x N centre crop)."""
+    """`none`, `short:N` (shorter side to N) or `crop:N` (as the trainer crops: shorter side to N, then centre)."""
 
     kind: str = "none"
     pixels: int = 0
@@ -38,11 +38,11 @@ class Size:
         if text == "none":
             return cls()
         if match is None or int(match[2]) < 2:
-            raise UsageError(f"--size '{text}' is no size. Write none, short:512, crop:512, or crop:BASE.")
+            raise UsageError(f"--size '{text}' is not a size. Write none, short:512, crop:512, or crop:BASE.")
         return cls(match[1], int(match[2]))
 
     def apply(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (H, W, 3) to the size written: area average down, cubic up."""
+        """Resizes uint8 (H, W, 3): area average when shrinking, cubic when enlarging."""
         if self.kind == "none":
             return image
         if self.kind == "crop":
@@ -56,91 +56,92 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What one picture gave."""
-
-    maps: dict[str, bytes]
-    """PNG file of each condition."""
-    conditions: dict[str, Any]
-    """How each map was made, and `source_sha256`; one JSON value."""
-    image: bytes | None
-    """PNG of the picture, where the source file does not show a plain reader these pixels."""
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A picture that was read: the bytes of its file, and the pixels that maps are made of, uint8 (H, W, 3) RGB."""
+class LoadedImage:
+    """An image that was read: the bytes of its file, and the pixels to annotate, uint8 (H, W, 3) RGB."""
 
     key: str
     data: bytes
     pixels: np.ndarray
 
 
-def read(data: bytes, key: str, size: Size) -> Opened:
-    """Decodes a picture file and brings it to its size. Raises `BadImage`."""
+@dataclass(frozen=True)
+class ImageMaps:
+    """The maps of one image."""
+
+    maps: dict[str, bytes]
+    """PNG file of each condition."""
+    conditions: dict[str, Any]
+    """How each map was made, and `source_sha256`; the `conditions` column."""
+    image: bytes | None
+    """The image as PNG, if other programs would see other pixels in the source file."""
+    width: int
+    height: int
+
+
+def load_image(data: bytes, key: str, size: Size) -> LoadedImage:
+    """Decodes an image file and resizes it. Raises `BadImage`."""
     pixels = decode_rgb(data)
     height, width = pixels.shape[:2]
     if min(height, width) < MIN_SIDE:
-        raise BadImage(f"is {width}x{height}; sides under {MIN_SIDE} pixels show nothing to make a map of")
-    return Opened(key, data, size.apply(pixels))
+        raise BadImage(f"is {width}x{height}; an image needs at least {MIN_SIDE} pixels on each side")
+    return LoadedImage(key, data, size.apply(pixels))
 
 
-def make(
-    pictures: Sequence[Opened], annotators: Iterable[Annotator], size: Size, *, render: bool, image: bool
-) -> Iterator[Made]:
-    """Maps of a batch of pictures, in order, computed on exactly the pixels that are written or trained on.
+def make_maps(
+    images: Sequence[LoadedImage], annotators: Iterable[Annotator], size: Size, *, render: bool, with_image: bool
+) -> Iterator[ImageMaps]:
+    """The maps of a batch of images, in order, computed on exactly the pixels that are written or trained on.
 
-    image: also give the picture where it must be written anew.
+    render: maps as RGB hints. with_image: also return the image as PNG where the source file cannot be used as it is.
     """
-    batches = [(a, a([p.pixels for p in pictures], [p.key for p in pictures])) for a in annotators]
-    for i, picture in enumerate(pictures):
+    keys, pixels = [image.key for image in images], [image.pixels for image in images]
+    outputs = [(annotator, annotator(pixels, keys)) for annotator in annotators]
+    for i, image in enumerate(images):
         maps: dict[str, bytes] = {}
         conditions: dict[str, Any] = {}
-        for annotator, made in batches:
-            map, params = made[i]
+        for annotator, results in outputs:
+            map, params = results[i]
             params = {**params, "version": annotator.version, "opencv": cv2.__version__}
             if render:
-                map, params = rendered(annotator.name, map, picture.pixels), {**params, "rendered": True}
+                map, params = render_map(annotator.name, map, image.pixels), {**params, "rendered": True}
             maps[annotator.name] = encode_png(map, bilevel=annotator.bilevel and not render)
             conditions[annotator.name] = params
-        conditions["source_sha256"] = hashlib.sha256(picture.data).hexdigest()
-        written = _rewritten(picture.data, picture.pixels, size.kind != "none") if image else None
-        height, width = picture.pixels.shape[:2]
-        yield Made(maps, conditions, written, width, height)
+        conditions["source_sha256"] = hashlib.sha256(image.data).hexdigest()
+        png = _png_if_needed(image.data, image.pixels, size.kind != "none") if with_image else None
+        height, width = image.pixels.shape[:2]
+        yield ImageMaps(maps, conditions, png, width, height)
 
 
-def rendered(cond: str, made: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """The map as the RGB hint at the picture's size, uint8 (H, W, 3)."""
+def render_map(cond: str, map: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """The map as the RGB hint at the image's size, uint8 (H, W, 3)."""
     height, width = pixels.shape[:2]
-    if made.shape[:2] != (height, width):
-        made = enlarge(made, width, height)
-    return condition(cond).render(made, pixels)
+    if map.shape[:2] != (height, width):
+        map = enlarge(map, width, height)
+    return condition(cond).render(map, pixels)
 
 
-def encode_png(made: np.ndarray, *, bilevel: bool = False) -> bytes:
-    """A uint8 map, (H, W) or (H, W, 3) RGB, as a PNG file; 1 bit a pixel for maps of 0 and 255."""
+def encode_png(map: np.ndarray, *, bilevel: bool = False) -> bytes:
+    """A uint8 map, (H, W) or (H, W, 3) RGB, as a PNG file; 1 bit per pixel for maps of 0 and 255."""
     if bilevel:
-        return _one_bit(made)
-    ok, buffer = cv2.imencode(".png", made if made.ndim == 2 else made[:, :, ::-1])
+        return _encode_one_bit(map)
+    ok, buffer = cv2.imencode(".png", map if map.ndim == 2 else map[:, :, ::-1])
     assert ok, "OpenCV could not write a PNG"
     return buffer.tobytes()
 
 
-def _one_bit(made: np.ndarray) -> bytes:
-    """A 1-bit grey PNG, rows unfiltered, runs of equal bytes coded.
+def _encode_one_bit(map: np.ndarray) -> bytes:
+    """A 1-bit grey PNG with unfiltered rows and run-length coding.
 
-    For edges and masks this is smaller and three times as fast as what libpng chooses for all pictures alike.
+    For edges and masks this is smaller than libpng's default settings and three times as fast.
     """
-    height, width = made.shape
-    packed = np.packbits(made, axis=1)
-    rows = np.zeros((height, packed.shape[1] + 1), np.uint8)  # each begins with the number of its filter, 0
+    height, width = map.shape
+    packed = np.packbits(map, axis=1)
+    rows = np.zeros((height, packed.shape[1] + 1), np.uint8)  # each row begins with its filter type, 0
     rows[:, 1:] = packed
-    coder = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    compressor = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)),
-        (b"IDAT", coder.compress(rows) + coder.flush()),
+        (b"IDAT", compressor.compress(rows) + compressor.flush()),
         (b"IEND", b""),
     )
     parts = [
@@ -149,15 +150,15 @@ def _one_bit(made: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def _rewritten(data: bytes, pixels: np.ndarray, resized: bool) -> bytes | None:
-    """The picture written anew without loss, or None where the source file can be kept byte for byte.
+def _png_if_needed(data: bytes, pixels: np.ndarray, resized: bool) -> bytes | None:
+    """The image as PNG, or None if the source file can be kept byte for byte.
 
-    It cannot where plain readers (PIL's `convert("RGB")`) see other pixels than the map was made from: 16 bits,
-    transparency, rotation by EXIF, CMYK. Then a PNG is written.
+    It cannot if other programs (PIL's `convert("RGB")`) see other pixels than the map was made from: 16 bits,
+    transparency, rotation by EXIF, CMYK.
     """
     if not resized:
         with Image.open(io.BytesIO(data)) as header:
             plain = header.mode in ("RGB", "L", "1") and "transparency" not in header.info
-            if plain and header.getexif().get(ORIENTATION, 1) == 1:
+            if plain and header.getexif().get(EXIF_ORIENTATION, 1) == 1:
                 return None
     return encode_png(pixels)

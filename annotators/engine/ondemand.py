@@ -1,34 +1,38 @@
-"""Maps made when training needs them and the data set has none: weight-free conditions, at the training geometry."""
+"""Maps that training needs and the data set lacks: made at the training size, if the condition needs no network."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 
+from ...core.data.conditions import ConditionSpec, parse_conditions
 from ...core.data.images import BadImage, Geometry, decode_rgb
 from ...core.data.records import ANY, FileBlob, Record, Source
 from ...core.errors import UsageError
 from ...core.files import write_bytes
 from .. import make_annotators
-from ..base import Annotator
+from ..base import Annotator, Params
 from ..color import enlarge
 from .maps import encode_png
-from .pool import Beat, run_jobs
+from .output import read_settings
+from .pool import OnImage, run_jobs
 
 CHUNK = 256
+"""Images per job."""
 IN_PROCESS = 512
+"""With no more images than this, starting processes takes longer than the work."""
 
 
 @dataclass(frozen=True)
 class MapJob:
-    """Some records whose maps are wanted; picklable."""
+    """Records whose maps are to be made; picklable."""
 
     records: tuple[Record, ...]
     annotators: tuple[Annotator, ...]
@@ -42,103 +46,124 @@ def ensure_maps(
     size: int,
     cache: Path | None = None,
     *,
+    maps: str | None = None,
     seed: int = 0,
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Source, dict[str, dict[str, Any]]]:
-    """A copy of `source` whose records carry a map of every condition, and how the maps were made.
+    """A copy of `source` whose records have a map of every condition, and how the maps were made.
 
-    conds: names, with settings or without (`canny:low=50`). Maps that the set has are kept; missing ones are made on
-    the training pixels, all `size` x `size` (`Geometry(size)`), and kept in `cache` ($SCTOOL_CACHE, else
-    ~/.cache/sctool) under the picture's content, so a second call is quick. The second value
-    holds `Annotator.id` of each condition made here, and what `annotate` noted in the set of those made before.
-    Pictures that cannot be read keep no map.
-    Raises `UsageError` for an unknown condition, or one that needs weights, naming the command that makes its maps.
+    conds: conditions, with settings (`canny:low=50`) or without. maps: the folder of the set's maps, if it is not the
+    set's own. Maps that the set has are used. Missing ones are made on the training pixels, all `size` x `size`
+    (`Geometry(size)`), and cached under the image's content in `cache` (default $SCTOOL_CACHE, else ~/.cache/sctool).
+    The second value holds what `annotate` noted about existing maps, and `Annotator.id` of each condition made here.
+    Images that cannot be read get no map.
+    Raises `UsageError` for an unknown condition, for one that needs weights and is missing, and for settings other than
+    those that existing maps were made with.
     """
-    wanted = list(conds)
-    source = _named(source, wanted)
-    lacking = [spec for spec in wanted if any(spec.partition(":")[0] not in r.maps for r in source.records)]
-    annotators = make_annotators(lacking, seed) if lacking else ()
-    for annotator in annotators:
-        if annotator.needs_weights:
-            raise UsageError(
-                f"'{source.name}' has no {annotator.name} maps, and making them needs a model. First run: "
-                f"sctool annotate {source.root or source.name} --cond {annotator.name}"
-            )
-    noted = recorded(source.records, [spec.partition(":")[0] for spec in wanted])
-    if not annotators:
+    from ...core.data.cache import cache_folder  # imports torch, which workers that unpickle a job do not need
+
+    specs = parse_conditions(conds)
+    source = _name_single_map(source, specs)
+    noted = recorded(source.records, [spec.name for spec in specs])
+    for spec in specs:
+        if spec.settings and any(spec.name in record.maps for record in source.records):
+            _check_settings(source, spec, noted.get(spec.name, {}), maps)
+    missing = [spec for spec in specs if any(spec.name not in record.maps for record in source.records)]
+    if not missing:
         return source, noted
-    todo = [
-        MapJob(tuple(source.records[start : start + CHUNK]), annotators, size, cache or _cache())
-        for start in range(0, len(source.records), CHUNK)
-    ]
-    workers = jobs or (len(os.sched_getaffinity(0)) if len(source.records) > IN_PROCESS else 1)
-    total = len(source.records)
-    found = run_jobs(
-        make_maps,
-        todo,
-        workers,
-        lambda done: progress(done, total) if progress else None,
-        "Run the same command again to continue.",
-    )
-    maps = [made for chunk in found for made in chunk]
+    annotators = make_annotators(map(str, missing), seed)
+    _refuse_networks(source, missing, annotators)
+    folder, total = cache_folder(cache), len(source.records)
+    chunks = [source.records[start : start + CHUNK] for start in range(0, total, CHUNK)]
+    todo = [MapJob(tuple(chunk), annotators, size, folder) for chunk in chunks]
+    workers = jobs or (len(os.sched_getaffinity(0)) if total > IN_PROCESS else 1)
+    results = run_jobs(make_missing_maps, todo, workers, lambda done: progress(done, total) if progress else None)
+    new_maps = [paths for result in results for paths in result]
     records = [
-        replace(record, maps={**record.maps, **{cond: FileBlob(str(path)) for cond, path in made.items()}})
-        for record, made in zip(source.records, maps, strict=True)
+        replace(record, maps={**record.maps, **{cond: FileBlob(str(path)) for cond, path in paths.items()}})
+        for record, paths in zip(source.records, new_maps, strict=True)
     ]
-    return replace(source, records=records), noted | {
-        annotator.name: {**annotator.id, "opencv": cv2.__version__} for annotator in annotators
-    }
+    made_here = {annotator.name: {**annotator.id, "opencv": cv2.__version__} for annotator in annotators}
+    return replace(source, records=records), noted | made_here
 
 
 def recorded(records: Iterable[Record], conds: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How a set's own maps were made, as `annotate` noted it with each picture, by condition.
+    """How a set's own maps were made, by condition, as `annotate` noted it with each image.
 
-    A setting that differs between pictures (random thresholds, say) is left out and `<setting>_varies` stands for it.
+    A setting that differs between images (such as random thresholds) is left out; `<setting>_varies` replaces it.
     """
-    found: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
     names = list(conds)
     for record in records:
         noted = record.meta.get("conditions")
         noted = json.loads(noted) if isinstance(noted, str) else noted
         for name in names:
-            how = (noted or {}).get(name)
-            if not isinstance(how, dict):
+            params = (noted or {}).get(name)
+            if not isinstance(params, dict):
                 continue
-            known = found.setdefault(name, dict(how))
-            for key in [k for k in known if not k.endswith("_varies") and known[k] != how.get(k)]:
-                del known[key]
-                known[f"{key}_varies"] = True
-    return found
+            common = settings.setdefault(name, dict(params))
+            for key in [k for k in common if not k.endswith("_varies") and common[k] != params.get(k)]:
+                del common[key]
+                common[f"{key}_varies"] = True
+    return settings
 
 
-def _named(source: Source, wanted: list[str]) -> Source:
-    """The set with its unnamed map (a ControlNet `prompt.json`) under the one condition that is asked for."""
-    if len(wanted) != 1:
+def _name_single_map(source: Source, specs: Sequence[ConditionSpec]) -> Source:
+    """If one condition is asked for, gives a map without a name (of a ControlNet `prompt.json`) its name."""
+    if len(specs) != 1:
         return source
-    name = wanted[0].partition(":")[0]
+    (spec,) = specs
     records = [
-        replace(record, maps={**record.maps, name: record.maps[ANY]}) if set(record.maps) == {ANY} else record
+        replace(record, maps={**record.maps, spec.name: record.maps[ANY]}) if set(record.maps) == {ANY} else record
         for record in source.records
     ]
     return replace(source, records=records)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("SCTOOL_CACHE") or Path.home() / ".cache" / "sctool")
+def _check_settings(source: Source, spec: ConditionSpec, noted: Params, maps: str | None) -> None:
+    """Raises `UsageError` unless the set's maps of a condition are known to be made with exactly these settings.
+
+    noted: what `annotate` noted with the images. The settings file of an annotated set completes it, and replaces it
+    where the maps lie in a folder of their own.
+    """
+    (annotator,) = make_annotators([str(spec)])
+    folder = Path(maps).expanduser() if maps else source.root
+    written = (read_settings(folder) if folder else None) or {}
+    identity = next((one for one in written.get("conditions", ()) if one.get("name") == spec.name), {})
+    params = identity if maps else {**identity, **noted}
+    if annotator.made_with_same_settings(params):
+        return
+    shown = [f"{key}={params[key]}" for key in annotator.Settings.model_fields if key in params]
+    shown += [f"{key.removesuffix('_varies')} that varies" for key in params if key.endswith("_varies")]
+    how = f"were made with {', '.join(shown)}" if shown else "have no record of how they were made"
+    raise UsageError(
+        f"--cond {spec} does not fit '{source.name}': its {spec.name} maps {how}. Leave the settings out (--cond "
+        f"{spec.name}) to use these maps, or make others: sctool annotate {source.root or source.name} --cond {spec}"
+    )
 
 
-def make_maps(job: MapJob, beat: Beat) -> list[dict[str, Path]]:
-    """For each record the files of the maps that it lacks; those in the cache are not made again."""
+def _refuse_networks(source: Source, specs: Sequence[ConditionSpec], annotators: Sequence[Annotator]) -> None:
+    for spec, annotator in zip(specs, annotators, strict=True):
+        if annotator.needs_weights:
+            raise UsageError(
+                f"'{source.name}' has no {spec.name} maps, and making them needs a network. First run: "
+                f"sctool annotate {source.root or source.name} --cond {spec}"
+            )
+
+
+def make_missing_maps(job: MapJob, on_image: OnImage) -> list[dict[str, Path]]:
+    """The files of the maps that each record lacks; maps in the cache are not made again."""
     geometry = Geometry(job.size)
-    made = []
+    paths = []
     for record in job.records:
-        made.append(_maps_of(record, [a for a in job.annotators if a.name not in record.maps], geometry, job))
-        beat()
-    return made
+        missing = [annotator for annotator in job.annotators if annotator.name not in record.maps]
+        paths.append(_cached_maps(record, missing, geometry, job))
+        on_image()
+    return paths
 
 
-def _maps_of(record: Record, annotators: list[Annotator], geometry: Geometry, job: MapJob) -> dict[str, Path]:
+def _cached_maps(record: Record, annotators: list[Annotator], geometry: Geometry, job: MapJob) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     pixels = None
     try:
@@ -152,11 +177,11 @@ def _maps_of(record: Record, annotators: list[Annotator], geometry: Geometry, jo
             if not (path.exists() and path.stat().st_size):
                 if pixels is None:
                     pixels = geometry.apply(decode_rgb(data))
-                ((made, _),) = annotator([pixels], [record.key])
-                if made.shape[:2] != (job.size, job.size):
-                    made = enlarge(made, job.size, job.size)  # no reader then takes it for a map of the whole picture
-                write_bytes(path, encode_png(made, bilevel=annotator.bilevel), flush=False)
+                ((map, _),) = annotator([pixels], [record.key])
+                if map.shape[:2] != (job.size, job.size):
+                    map = enlarge(map, job.size, job.size)  # or readers would take it for a map of the uncropped image
+                write_bytes(path, encode_png(map, bilevel=annotator.bilevel), flush=False)
             paths[annotator.name] = path
     except (BadImage, OSError):
-        return {}  # the check of the set names the picture
+        return {}  # the check of the set reports the image
     return paths

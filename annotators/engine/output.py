@@ -1,4 +1,4 @@
-"""The written set as a whole: who may write to it, what belongs to it, and the lists over all its units."""
+"""The written set as a whole: who may write to it, what belongs to it, and the lists over all its jobs."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ from ...core.data.records import Fault, Source
 from ...core.errors import SctoolError, UsageError
 from ...core.files import replacing, write_json
 from ..base import Annotator
-from .jobs import HIDDEN, Job
+from .job import STATE_FOLDER, Job, read_marker
 from .writers import split_folder
+
+SETTINGS_FILE = f"{STATE_FOLDER}/settings.json"
 
 
 def output_folder(config: AnnotateConfig, source: Source) -> Path:
-    """The folder to write to. Raises `UsageError` where writing would change the source."""
+    """The folder to write to. Raises `UsageError` if writing to it would change the source."""
     out = Path(config.out) if config.out else Path("annotated") / (source.name or Path(config.src).resolve().name)
     if config.src not in ("-", "photos") and source.root is not None:
         root, target = source.root.resolve(), out.resolve()
         if target == root or (target.is_relative_to(root) and not Path(config.src).is_file()):
-            raise UsageError(f"--out '{out}' lies inside the source '{config.src}'. Choose a folder outside of it.")
+            raise UsageError(f"--out '{out}' is inside the source '{config.src}'. Choose a folder outside of it.")
     return out
 
 
-def claim(out: Path, config: AnnotateConfig, annotators: tuple[Annotator, ...], source: Source) -> str:
-    """Settings of a written set, saved in it; gives their hash. Two runs' maps are never mixed.
+def record_settings(out: Path, config: AnnotateConfig, annotators: tuple[Annotator, ...], source: Source) -> str:
+    """Saves the settings in the written set and returns their hash, so that two runs' maps are never mixed.
 
-    Raises `UsageError` when the folder was made with other settings; one in which nothing is finished yet is free.
+    Raises `UsageError` if the folder was made with other settings and a job has already been finished.
     """
     settings = {
         "source": config.src if config.src in ("-", "photos") else str(Path(config.src).resolve()),
@@ -48,50 +50,55 @@ def claim(out: Path, config: AnnotateConfig, annotators: tuple[Annotator, ...], 
         "render": config.render,
         "seed": config.seed,
     }
-    path = out / HIDDEN / "settings.json"
-    try:
-        previous = json.loads(path.read_text())
-    except (OSError, ValueError):
-        previous = None
-    begun = any(child.name != HIDDEN for child in out.iterdir()) or any((out / HIDDEN).glob("part-*.json"))
+    previous = read_settings(out)
+    begun = any(child.name != STATE_FOLDER for child in out.iterdir()) or any((out / STATE_FOLDER).glob("part-*.json"))
     if previous is None or (previous != settings and not begun):
-        write_json(path, settings)
+        write_json(out / SETTINGS_FILE, settings)
     elif previous != settings:
-        what, then, now = _difference(previous, settings)
+        name, before, now = _first_difference(previous, settings)
         raise UsageError(
-            f"--out '{out}' was made with {what} = {then}, now it is {now}. Choose another --out, or remove it: "
+            f"--out '{out}' was made with {name} = {before}, now it is {now}. Choose another --out, or delete it: "
             f"rm -r {shlex.quote(str(out))}"
         )
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _difference(previous: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str, str]:
-    """The first setting that differs: its name, what it was, and what it is."""
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings that a written set was made with; None if the folder is not a written set."""
+    try:
+        return json.loads((folder / SETTINGS_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _first_difference(previous: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str, str]:
+    """The first setting that differs: its name, its earlier value, and its value now."""
     key = next(key for key in settings if previous.get(key) != settings[key])
-    then, now = previous.get(key), settings[key]
-    if key == "conditions" and isinstance(then, list):
-        names = [", ".join(str(each.get("name")) for each in side) for side in (then, now)]
-        if names[0] != names[1]:
-            return key, *names
-        old, new = next(pair for pair in zip(then, now, strict=True) if pair[0] != pair[1])
-        inner = next(k for k in new if old.get(k) != new[k])
-        return f"{new['name']} {inner}", json.dumps(old.get(inner)), json.dumps(new[inner])
-    return key, json.dumps(then), json.dumps(now)
+    before, now = previous.get(key), settings[key]
+    if key == "conditions" and isinstance(before, list):
+        names, names_now = (", ".join(str(identity.get("name")) for identity in side) for side in (before, now))
+        if names != names_now:
+            return key, names, names_now
+        old, new = next(pair for pair in zip(before, now, strict=True) if pair[0] != pair[1])
+        field = next(field for field in new if old.get(field) != new[field])
+        return f"{new['name']} {field}", json.dumps(old.get(field)), json.dumps(new[field])
+    return key, json.dumps(before), json.dumps(now)
 
 
 @contextmanager
-def alone(out: Path, shared: bool) -> Iterator[None]:
-    """Holds the written set for this run, or `shared` with other parts of it.
+def locked_output(out: Path, shared: bool) -> Iterator[None]:
+    """Locks the written set for this run, or if `shared` together with other parts of it.
 
-    Alone, it removes what killed runs, and workers that died in this one, left half-written. Raises `UsageError` for
-    a folder that holds something else, or that another run holds.
+    Unless `shared`, removes the temporary files of killed runs and of workers that died in this one. Raises
+    `UsageError` if the folder contains something else, or if another run has locked it.
     """
-    mine = out / HIDDEN / "settings.json"
-    if out.exists() and not mine.is_file() and (not out.is_dir() or any(c.name != HIDDEN for c in out.iterdir())):
-        raise UsageError(f"--out '{out}' holds other files. Choose an empty or new folder.")
+    settings = out / SETTINGS_FILE
+    used = out.exists() and (not out.is_dir() or any(child.name != STATE_FOLDER for child in out.iterdir()))
+    if used and not settings.is_file():
+        raise UsageError(f"--out '{out}' contains other files. Choose an empty or new folder.")
     try:
-        mine.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(out / HIDDEN / "lock", "w")  # noqa: SIM115 - held below
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(out / STATE_FOLDER / "lock", "w")  # noqa: SIM115 - closed below
     except OSError as error:
         raise SctoolError(f"--out '{out}' cannot be written: {error.strerror}. Choose another folder.") from error
     with lock:
@@ -103,65 +110,66 @@ def alone(out: Path, shared: bool) -> Iterator[None]:
             ) from error
         try:
             if not shared:
-                _sweep(out)
+                _remove_temporary_files(out)
             yield
         finally:
             if not shared:
-                _sweep(out)
+                _remove_temporary_files(out)
 
 
-def refuse_to_shrink(out: Path, units: list[Job]) -> None:
-    """Raises `UsageError` where a limit would leave out what is finished already: that may be hours of work."""
+def _remove_temporary_files(out: Path) -> None:
+    for path in out.rglob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+def refuse_to_shrink(out: Path, jobs: list[Job]) -> None:
+    """Raises `UsageError` if a limit would remove finished images, which may be hours of work."""
     larger = any(
-        read_marker(job).get("images", 0) > (len(job.records) if job.limit is None else job.limit) for job in units
+        job.read_marker().get("images", 0) > (len(job.records) if job.limit is None else job.limit) for job in jobs
     )
-    if larger or _strays(out, units):
-        raise UsageError(f"--out '{out}' holds more pictures than --limit. Choose another --out for a trial.")
+    if larger or _obsolete_markers(out, jobs):
+        raise UsageError(f"--out '{out}' contains more images than --limit. Choose another --out for a trial.")
 
 
-def _strays(out: Path, units: list[Job]) -> list[Path]:
-    """Markers of units that the source does not have any more."""
-    own = {job.marker for job in units}
-    found = out.rglob("*_stats.json") if units and units[0].shard else (out / HIDDEN).glob("part-*.json")
-    return [marker for marker in found if marker not in own]
+def _obsolete_markers(out: Path, jobs: list[Job]) -> list[Path]:
+    """Markers of jobs that the source no longer has."""
+    current = {job.marker for job in jobs}
+    is_shards = bool(jobs) and jobs[0].is_shard
+    paths = out.rglob("*_stats.json") if is_shards else (out / STATE_FOLDER).glob("part-*.json")
+    return [path for path in paths if path not in current]
 
 
-def drop_stale(out: Path, units: list[Job], before: set[str]) -> None:
-    """Removes files of pictures that the source does not have any more, so that the set is what the lists say.
+def remove_obsolete_files(out: Path, jobs: list[Job], replaced: set[str]) -> None:
+    """Removes the files of images that the source no longer has.
 
-    before: files that the units which were done again had written before.
+    replaced: files that jobs which were done again had written before.
     """
-    strays = _strays(out, units)
-    old = before | {name for marker in strays for name in _read(marker).get("files", ())}
+    markers = _obsolete_markers(out, jobs)
+    old = replaced | {name for marker in markers for name in read_marker(marker).get("files", ())}
     if old:
-        for name in old - {name for job in units for name in read_marker(job)["files"]}:
+        for name in old - {name for job in jobs for name in job.read_marker()["files"]}:
             (out / name).unlink(missing_ok=True)
-    for marker in strays:
+    for marker in markers:
         marker.unlink(missing_ok=True)
 
 
-def _sweep(out: Path) -> None:
-    for part in out.rglob(".*.part"):
-        part.unlink(missing_ok=True)
+def write_lists(out: Path, jobs: list[Job], faults: list[Fault], part_errors: str | None) -> Path | None:
+    """Writes the lists over the whole set, in the source's order, job by job. Returns the list of errors, if any.
 
-
-def write_lists(out: Path, jobs: list[Job], faults: list[Fault], own: str | None) -> Path | None:
-    """Lists over the whole set, in the source's order, a unit at a time; gives the list of errors, if there are any.
-
-    own: the name of a part's own list of errors, where other parts are still to come; then only that is written.
+    part_errors: name of the list of errors of one part, while other parts are still to come; then only it is written.
     """
-    if own is None:
+    if part_errors is None:
         for file in out.glob("errors-*-of-*.jsonl"):
             file.unlink(missing_ok=True)
-        if jobs and not (jobs[0].shard and jobs[0].merged):
+        if jobs and not (jobs[0].is_shard and jobs[0].merged):
             columns = list(dict.fromkeys(key for row in _rows(jobs) for key in row))
             rows = ({key: row.get(key) for key in columns} for row in _rows(jobs))
             if jobs[0].merged:
                 _write_metadata(out, rows)
             else:
                 _write_lines(out / "params.jsonl", rows)
-    path = out / (own or "errors.jsonl")
-    errors = itertools.chain(map(vars, faults), (error for job in jobs for error in read_marker(job)["errors"]))
+    path = out / (part_errors or "errors.jsonl")
+    errors = itertools.chain(map(vars, faults), (error for job in jobs for error in job.read_marker()["errors"]))
     first = next(errors, None)
     if first is None:
         path.unlink(missing_ok=True)
@@ -170,25 +178,12 @@ def write_lists(out: Path, jobs: list[Job], faults: list[Fault], own: str | None
     return path
 
 
-def read_marker(job: Job) -> dict[str, Any]:
-    """What the unit's marker says, true or not; {} where there is none."""
-    return _read(job.marker)
-
-
-def _read(marker: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(marker.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _rows(jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    return (row for job in jobs for row in read_marker(job)["rows"])
+    return (row for job in jobs for row in job.read_marker()["rows"])
 
 
 def _write_metadata(out: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One table, or one in each split's folder; paths are relative to the folder that the table lies in."""
+    """One metadata.jsonl, or one in each split's folder; its paths are relative to its folder."""
     with ExitStack() as stack:
         tables: dict[str, IO[str]] = {}
         for row in rows:

@@ -1,7 +1,7 @@
-"""Pure functions over many jobs in processes: progress, interrupts, and workers that never outlive the run.
+"""A function over many jobs in processes: progress, interrupts, and workers that never outlive the run.
 
-A worker that dies (out of memory, killed) costs the job that it held, which is given to a new worker once more; a job
-that kills two workers is left out, and named when all others are done.
+If a worker dies (out of memory, killed), its job is given to a new worker once more. A job that kills two workers is
+left out, and named when all others are done.
 """
 
 from __future__ import annotations
@@ -25,56 +25,56 @@ import cv2
 from ...core.errors import Interrupted, SctoolError
 from ...core.signals import Stop
 
-Beat = Callable[[], None]
-"""Called by a job after each picture: counts it, and raises `Stopped` when the run is to end."""
-Function = Callable[[Any, Beat], Any]
+OnImage = Callable[[], None]
+"""Called by a job after each image: counts it, and raises `Stopped` when the run is to end."""
+JobFunction = Callable[[Any, OnImage], Any]
+RESUME = "Run the same command again to continue."
 
-LIVES = 2
-"""Workers that one job may cost."""
+MAX_ATTEMPTS = 2
+"""How often a job is started before it is left out."""
 
 
 class Stopped(Exception):
-    """The run was interrupted; the job ends here and its unit is done again next time."""
+    """The run was interrupted; the job ends here and is done again next time."""
 
 
 def run_jobs(
-    function: Function,
+    function: JobFunction,
     jobs: Sequence[Any],
     workers: int,
     progress: Callable[[int], None],
-    resume: str,
-    name: Callable[[Any], str] = str,
+    job_name: Callable[[Any], str] = str,
 ) -> list[Any]:
-    """`function(job, beat)` of every job, in the jobs' order; with one worker in this process.
+    """The results of `function(job, on_image)` for all jobs, in order. One worker means: in this process.
 
-    progress(n): pictures done so far, some times a second. resume: how to go on, said when interrupted. name: what a
-    job is called in messages. Raises `Interrupted` after SIGINT or SIGTERM, whatever `SctoolError` a job raises, and
-    `SctoolError` naming the jobs that killed their workers, after all others are done.
+    progress: called a few times per second with the number of images done. job_name: the name of a job in messages.
+    Raises `Interrupted` after SIGINT or SIGTERM, any `SctoolError` of a job, and, after all other jobs are done,
+    `SctoolError` naming the jobs that killed their workers.
     """
-    with Stop() as asked:
+    with Stop() as stop:
         try:
             if workers <= 1 or not jobs:
-                return _run_here(function, jobs, progress, asked)
-            return _Pool(function, jobs, min(workers, len(jobs)), progress, asked).run(name)
+                return _run_in_this_process(function, jobs, progress, stop)
+            return _Pool(function, jobs, min(workers, len(jobs)), progress, stop).run(job_name)
         except Stopped:
-            raise interrupted(asked.signal, resume) from None
+            raise interrupted(stop.signal) from None
 
 
-def interrupted(number: int, resume: str) -> Interrupted:
-    """What a run that was stopped by signal `number` raises."""
+def interrupted(number: int) -> Interrupted:
+    """The error of a run that signal `number` stopped."""
     word = "interrupted" if number == signal.SIGINT else "terminated"
-    return Interrupted(f"{word}; what is finished is kept. {resume}", number)
+    return Interrupted(f"{word}; finished work is kept. {RESUME}", number)
 
 
 def single_threaded() -> None:
-    """One thread for OpenCV and torch, so that cores are shared by processes and results are the same in any number."""
+    """Limits OpenCV and torch to one thread: processes share the cores, and results do not depend on their number."""
     cv2.setNumThreads(1)
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = "1"  # for a torch that is not imported yet
+        os.environ[variable] = "1"  # read by torch when it is imported
 
 
 def gpus() -> list[str]:
-    """NVIDIA GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes; asks no library."""
+    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Loads no library."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
@@ -84,25 +84,27 @@ def gpus() -> list[str]:
 # ----------------------------------------------------------------------------------------------- in this process
 
 
-def _run_here(function: Function, jobs: Sequence[Any], progress: Callable[[int], None], asked: Stop) -> list[Any]:
-    done, shown, threads = 0, 0.0, cv2.getNumThreads()
+def _run_in_this_process(
+    function: JobFunction, jobs: Sequence[Any], progress: Callable[[int], None], stop: Stop
+) -> list[Any]:
+    done, reported, threads = 0, 0.0, cv2.getNumThreads()
 
-    def beat() -> None:
-        nonlocal done, shown
+    def on_image() -> None:
+        nonlocal done, reported
         done += 1
-        if time.monotonic() - shown > 0.1:
-            shown = time.monotonic()
+        if time.monotonic() - reported > 0.1:
+            reported = time.monotonic()
             progress(done)
-        if asked.signal:
+        if stop.signal:
             raise Stopped
 
     cv2.setNumThreads(1)
     try:
-        results = [function(job, beat) for job in jobs]
+        results = [function(job, on_image) for job in jobs]
     finally:
         cv2.setNumThreads(threads)
     progress(done)
-    if asked.signal:
+    if stop.signal:
         raise Stopped
     return results
 
@@ -110,35 +112,35 @@ def _run_here(function: Function, jobs: Sequence[Any], progress: Callable[[int],
 # ------------------------------------------------------------------------------------------------- in processes
 
 
-def _serve(connection: Connection, number: int, done: Any, stop: Any) -> None:
-    """A worker: jobs in, (kind, result) out; no reaction to the terminal's Ctrl-C, and death with the parent."""
+def _work(connection: Connection, number: int, done: Any, stopping: Any) -> None:
+    """A worker's loop: receives jobs, sends (kind, result). Ignores Ctrl-C and ends when the parent process does."""
     single_threaded()
-    if len(found := gpus()) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = found[number % len(found)]
+    if len(devices := gpus()) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
-    def follow() -> None:  # a killed parent must not leave workers that write beside the next run
+    def exit_with_parent() -> None:  # workers of a killed run must not write while the next run does
         if parent is not None:
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
-    def beat() -> None:
+    def on_image() -> None:
         with done.get_lock():
             done.value += 1
-        if stop.value:
+        if stopping.value:
             raise Stopped
 
     while True:
-        task = connection.recv()
-        if task is None:
+        message = connection.recv()
+        if message is None:
             return
-        function, job = task
+        function, job = message
         try:
-            answer = "done", function(job, beat)
+            answer = "done", function(job, on_image)
         except Stopped:
             answer = "stopped", None
         except Exception as error:
@@ -148,95 +150,92 @@ def _serve(connection: Connection, number: int, done: Any, stop: Any) -> None:
 
 
 class _Worker:
-    """One process and the pipe to it; `job` is the number of the job that it holds."""
+    """One process and the pipe to it; `job` is the number of its current job."""
 
-    def __init__(self, context: Any, number: int, done: Any, stop: Any) -> None:
+    def __init__(self, context: Any, number: int, done: Any, stopping: Any) -> None:
         self.number, self.job = number, None
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, number, done, stop), daemon=True)
+        self.pipe, child_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(child_end, number, done, stopping), daemon=True)
         self.process.start()
-        theirs.close()  # or a dead worker's pipe would never end
+        child_end.close()  # or the pipe of a dead worker would never report its end
 
     job: int | None
 
 
 class _Pool:
-    """Workers, jobs that wait, and results."""
+    """Workers, waiting jobs, and results."""
 
     def __init__(
-        self, function: Function, jobs: Sequence[Any], workers: int, progress: Callable[[int], None], asked: Stop
+        self, function: JobFunction, jobs: Sequence[Any], workers: int, progress: Callable[[int], None], stop: Stop
     ) -> None:
-        self.context = multiprocessing.get_context("spawn")  # the caller may hold threads, which a fork would break
-        self.done, self.stop = self.context.Value(ctypes.c_int64), self.context.Value(ctypes.c_int8, lock=False)
-        self.function, self.jobs, self.progress, self.asked = function, jobs, progress, asked
-        self.waiting, self.deaths = deque(range(len(jobs))), Counter[int]()
+        self.context = multiprocessing.get_context("spawn")  # the caller may have threads, which a fork would break
+        self.done, self.stopping = self.context.Value(ctypes.c_int64), self.context.Value(ctypes.c_int8, lock=False)
+        self.function, self.jobs, self.progress, self.stop = function, jobs, progress, stop
+        self.waiting, self.attempts = deque(range(len(jobs))), Counter[int]()
         self.results: list[Any] = [None] * len(jobs)
         self.lost: list[int] = []
-        self.workers = [self._hire(number) for number in range(workers)]
+        self.workers = [self._start_worker(number) for number in range(workers)]
 
-    def _hire(self, number: int) -> _Worker:
-        return _Worker(self.context, number, self.done, self.stop)
+    def _start_worker(self, number: int) -> _Worker:
+        return _Worker(self.context, number, self.done, self.stopping)
 
-    def run(self, name: Callable[[Any], str]) -> list[Any]:
+    def run(self, job_name: Callable[[Any], str]) -> list[Any]:
         """All results, in order."""
         try:
             for worker in self.workers:
-                self._give(worker)
+                self._assign(worker)
             while busy := {worker.pipe: worker for worker in self.workers if worker.job is not None}:
                 for pipe in wait(list(busy), timeout=0.1):
                     assert isinstance(pipe, Connection)
-                    self._take(busy[pipe], name)
+                    self._receive(busy[pipe], job_name)
                 self.progress(self.done.value)
-                if self.asked.signal:
+                if self.stop.signal:
                     raise Stopped
         finally:
-            self._dismiss()
+            self._end_workers()
         if self.lost:
-            names = ", ".join(name(self.jobs[i]) for i in self.lost)
+            names = ", ".join(job_name(self.jobs[i]) for i in self.lost)
             raise SctoolError(
-                f"worker processes died at {names}, {LIVES} at each, probably for want of memory. Everything else is "
-                "finished and kept: run the same command again, with fewer --jobs."
+                f"worker processes died at {names}, {MAX_ATTEMPTS} at each, probably for lack of memory. Everything "
+                "else is finished: run the same command again with fewer --jobs."
             )
         return self.results
 
-    def _give(self, worker: _Worker) -> None:
+    def _assign(self, worker: _Worker) -> None:
         worker.job = self.waiting.popleft() if self.waiting else None
         if worker.job is not None:
-            with suppress(OSError):  # it died while idle; `_take` finds its pipe at an end
+            with suppress(OSError):  # it died while idle; `_receive` will notice
                 worker.pipe.send((self.function, self.jobs[worker.job]))
 
-    def _take(self, worker: _Worker, name: Callable[[Any], str]) -> None:
-        """What a worker answers, or its death."""
+    def _receive(self, worker: _Worker, job_name: Callable[[Any], str]) -> None:
+        """Handles a worker's answer, or its death."""
         assert worker.job is not None
         try:
             kind, result = worker.pipe.recv()
         except (EOFError, OSError):
-            assert worker.job is not None
-            print(f"a worker process died at {name(self.jobs[worker.job])}", file=sys.stderr)
-            self._bury(worker)
+            print(f"a worker process died at {job_name(self.jobs[worker.job])}", file=sys.stderr)
+            self._replace(worker, worker.job)
             return
         if kind == "stopped":
             raise Stopped
         if kind == "failed":
             raise result
         self.results[worker.job] = result
-        self._give(worker)
+        self._assign(worker)
 
-    def _bury(self, worker: _Worker) -> None:
-        job = worker.job
-        assert job is not None
-        self.deaths[job] += 1
-        if self.deaths[job] < LIVES:
+    def _replace(self, worker: _Worker, job: int) -> None:
+        self.attempts[job] += 1
+        if self.attempts[job] < MAX_ATTEMPTS:
             self.waiting.appendleft(job)
         else:
             self.lost.append(job)
         worker.process.join()
-        fresh = self.workers[self.workers.index(worker)] = self._hire(worker.number)
-        self._give(fresh)
+        successor = self.workers[self.workers.index(worker)] = self._start_worker(worker.number)
+        self._assign(successor)
 
-    def _dismiss(self) -> None:
-        """Ends all workers; those inside a job stop after their picture."""
-        self.stop.value = 1
+    def _end_workers(self) -> None:
+        """Ends all workers; a busy one stops after its current image."""
+        self.stopping.value = 1
         for worker in self.workers:
             with suppress(OSError):
                 worker.pipe.send(None)
@@ -244,5 +243,5 @@ class _Pool:
             while worker.process.is_alive():
                 with suppress(EOFError, OSError):
                     if worker.pipe.poll(0.05):
-                        worker.pipe.recv()  # an answer nobody waits for must not fill the pipe
+                        worker.pipe.recv()  # an unread answer must not block the worker
             worker.process.join()

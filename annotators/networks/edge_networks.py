@@ -1,4 +1,4 @@
-"""The two networks of soft edges: ControlNet's HED and PiDiNet, with the keys of their published files.
+"""The two networks for soft edges: ControlNet's HED and PiDiNet, with the keys of their published files.
 
 HED: lllyasviel/Annotators, ControlNetHED.pth, Apache-2.0; after Xie and Tu 2015 (arXiv 1504.06375).
 PiDiNet: table5_pidinet.pth; Su et al. 2021 (arXiv 2108.07009), configuration carv4 with dilation and attention.
@@ -56,7 +56,7 @@ class Hed(nn.Module):
 
 
 class _PixelDifference(nn.Module):
-    """Depthwise convolution, ReLU, 1x1 convolution, and the way around; the first of a stage halves the size."""
+    """Depthwise convolution, ReLU, 1x1 convolution, and a shortcut; the first one of a stage halves the size."""
 
     def __init__(self, before: int, width: int, kernel: int, halves: bool) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _PixelDifference(nn.Module):
         self.conv2 = nn.Conv2d(before, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, before, h, w) to (B, width, h, w), or half the sides."""
+        """(B, before, h, w) to (B, width, h, w), or (B, width, h / 2, w / 2)."""
         if self.shortcut is None:
             return self.conv2(F.relu(self.conv1(x))) + x
         x = F.max_pool2d(x, 2)
@@ -96,7 +96,7 @@ class _Attention(nn.Module):
         self.conv2 = nn.Conv2d(4, 1, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) weighted by place."""
+        """(B, width, h, w) weighted by position."""
         return x * self.conv2(self.conv1(F.relu(x))).sigmoid()
 
 
@@ -112,14 +112,14 @@ class _Reduce(nn.Module):
         return self.conv(x)
 
 
-# Pixel difference of the 16 layers (carv4): centre, angular, radial, and plain convolution, in turns.
+# Kinds of the 16 layers (carv4): three pixel differences and a plain convolution, repeated.
 DIFFERENCES = ("centre", "angular", "radial", "plain") * 4
 STAGES = ((60, 3), (120, 4), (240, 4), (240, 4))
 DILATION = 24
 
 
 class PiDiNet(nn.Module):
-    """PiDiNet with its pixel differences folded into plain kernels, as its authors do for speed.
+    """PiDiNet with its pixel differences folded into ordinary kernels, as its authors do for speed.
 
     The published file has 83 tensors, 710,149 parameters; `load_edges` folds them.
     """
@@ -158,7 +158,7 @@ class PiDiNet(nn.Module):
 
 
 def _folded(kind: str, kernel: Tensor) -> Tensor:
-    """The plain kernel (out, in, k, k) that does what a pixel difference with `kernel` (out, in, 3, 3) does."""
+    """The ordinary kernel (out, in, k, k) that is equivalent to a pixel difference with `kernel` (out, in, 3, 3)."""
     if kind == "plain":
         return kernel
     if kind == "centre":  # w_i (x_i - x_centre)
@@ -175,7 +175,7 @@ def _folded(kind: str, kernel: Tensor) -> Tensor:
 
 
 def _fold(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PiDiNet's published tensors with every pixel difference as a plain kernel."""
+    """PiDiNet's published tensors with every pixel difference as an ordinary kernel."""
     names = ["init_block.weight"]
     names += [f"block{s}_{i}.conv1.weight" for s, (_, n) in enumerate(STAGES, 1) for i in range(1, n + 1)]
     folded = {name: _folded(kind, state[name]) for name, kind in zip(names, DIFFERENCES, strict=True)}
@@ -183,9 +183,9 @@ def _fold(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_edges(path: Path) -> Hed | PiDiNet:
-    """The network whose weights `path` holds, told by its keys: `.safetensors`, or `.pth` without pickled code.
+    """The network whose weights are in `path`, recognised by their keys: `.safetensors`, or `.pth` without code.
 
-    Raises `SctoolError` when the file is damaged or holds another network.
+    Raises `SctoolError` if the file is damaged or contains another network.
     """
     try:
         if path.suffix == ".safetensors":
@@ -197,20 +197,20 @@ def load_edges(path: Path) -> Hed | PiDiNet:
         state = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
         network = PiDiNet() if "init_block.weight" in state else Hed()
         network.load_state_dict(_fold(state) if isinstance(network, PiDiNet) else state)
-    except Exception as error:  # torch, pickle and safetensors each have their own kinds for a bad file
+    except Exception as error:  # torch, pickle and safetensors raise many different types for a bad file
         raise SctoolError(
-            f"{path} holds neither HED (ControlNetHED.pth) nor PiDiNet (table5_pidinet.pth) as plain tensors, or is "
-            f"damaged ({type(error).__name__}); what came from the hub is checked by: sctool weights verify"
+            f"{path} contains neither HED (ControlNetHED.pth) nor PiDiNet (table5_pidinet.pth) as plain tensors, or is "
+            f"damaged ({type(error).__name__}). To check files from the hub, run: sctool weights verify"
         ) from error
     return network.eval().requires_grad_(False)
 
 
-def soft_edges(network: Hed | PiDiNet, pictures: Tensor) -> Tensor:
+def soft_edges(network: Hed | PiDiNet, images: Tensor) -> Tensor:
     """Edges (B, H, W), float32 in 0..1, of uint8 RGB (B, 3, H, W).
 
-    Sides are filled up to what pooling divides by repeating the last pixels, and cut again: no picture is stretched.
+    Images are padded with their last pixels to what pooling divides, and cropped again: nothing is stretched.
     """
-    height, width = pictures.shape[-2:]
-    pixels = (pictures.flip(1) if network.bgr else pictures).float()
+    height, width = images.shape[-2:]
+    pixels = (images.flip(1) if network.bgr else images).float()
     right, below = -width % network.multiple, -height % network.multiple
     return network(F.pad(pixels, (0, right, 0, below), mode="replicate"))[:, :height, :width]

@@ -1,6 +1,6 @@
-"""What the annotators that run a network share: settings, weights, loading once a process, and batching by shape.
+"""Shared by the annotators that run a network: settings, weights, loading once per process, batching by shape.
 
-The same pixels give the same map in any batch, up to the rounding of the network's arithmetic.
+The same pixels give the same map in any batch, up to floating-point rounding.
 """
 
 from __future__ import annotations
@@ -19,113 +19,124 @@ from ...core.config import Config
 from ...core.devices import best_device, torch_dtype
 from ...core.errors import SctoolError, UsageError
 from ..base import Annotator, Params
-from .weights import Found, locate
+from .weights import LocalWeights, find_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PASS = 512 * 512
-"""Pixels of one of the `batch` pictures of a forward pass; larger pictures go in smaller batches."""
-KEPT = 8
-"""Networks that a process keeps loaded."""
+BATCH_PIXELS = 512 * 512
+"""Pixels per image that `batch` assumes; larger images go in smaller batches."""
+MAX_LOADED = 8
+"""Networks that a process keeps in memory."""
 
 
 class ModelSettings(Config):
-    """Settings of every annotator that runs a network; subclasses say which by default."""
+    """Settings of every annotator that runs a network; subclasses set the default model."""
 
     model: str
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="arithmetic of the network; auto is fp32 on CPU and 16 bits on CUDA"
+        "auto", description="precision of the network; auto is fp32 on CPU and 16 bits on CUDA"
     )
-    batch: int = Field(8, ge=1, description="pictures of 512x512 in one forward pass; changes no map but for rounding")
+    batch: int = Field(8, ge=1, description="images of 512x512 per forward pass; changes maps only by rounding")
 
 
 class ModelAnnotator(Annotator):
-    """An annotator whose map is a network's. Weights are hashed where it was made and loaded where it is called."""
+    """An annotator that runs a network. Making it hashes the weights, calling it loads them."""
 
     half: ClassVar[Literal["bf16", "fp16"]] = "fp16"
-    """What `dtype=auto` means on CUDA: fp16 is finer; bf16 for networks whose activations overflow it."""
+    """What `dtype=auto` means on CUDA: fp16 is more precise; bf16 for networks whose activations overflow fp16."""
 
     @property
     def network_settings(self) -> ModelSettings:
-        """The settings, known to be a network's."""
+        """The settings, with their type."""
         assert isinstance(self.settings, ModelSettings)
         return self.settings
 
     @cached_property
-    def weights(self) -> Found:
-        """The weights that `model` names. Raises `SctoolError` naming the remedy when they are not at hand."""
-        return locate(self.name, self.network_settings.model)
+    def weights(self) -> LocalWeights:
+        """The weights that `model` names. Raises `SctoolError` with the remedy if they are not on this machine."""
+        return find_weights(self.name, self.network_settings.model)
 
     def ready(self) -> None:
-        """Raises `SctoolError`, naming the remedy, when the weights are not on this machine."""
+        """Raises `SctoolError` with the remedy if the weights are not on this machine."""
         _ = self.weights
 
     @property
     def dtype(self) -> str:
-        """The arithmetic that `dtype` means on this machine: fp32, bf16 or fp16."""
+        """The precision that `dtype` means on this machine: fp32, bf16 or fp16."""
         wanted = self.network_settings.dtype
         return (self.half if best_device() == "cuda" else "fp32") if wanted == "auto" else wanted
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """What is noted with every map: settings, network, hash of its weights, revision, arithmetic.
+        """What is recorded with every map: settings, network, hash of its weights, revision, precision.
 
-        `model` finds the same network again, so that a map can be made again as the settings say.
+        `model` finds the same network again, so that a map can be made again from the record.
         """
-        found = self.weights
-        noted = self.settings.model_dump(mode="json", exclude={"batch"})
-        return noted | {
-            "model": found.source,
-            "weights_sha256": found.sha256,
-            "revision": found.revision,
+        settings = self.settings.model_dump(mode="json", exclude={"batch"})
+        return settings | {
+            "model": self.weights.source,
+            "weights_sha256": self.weights.sha256,
+            "revision": self.weights.revision,
             "dtype": self.dtype,
         }
 
+    def made_with_same_settings(self, params: Params) -> bool:
+        """As in the base class. `batch` and `dtype=auto` do not count; a path may be recorded whole or as its name."""
+        settings = self.settings.model_dump(mode="json", exclude={"batch"})
+        if settings["dtype"] == "auto":
+            del settings["dtype"]
+        same_network = {
+            key: params.get(key) in (model, Path(model).name, str(Path(model).expanduser().absolute()))
+            for key, model in settings.items()
+            if key in ("model", "detector")
+        }
+        return all(key in params and same_network.get(key, params[key] == value) for key, value in settings.items())
+
     @property
     def id(self) -> dict[str, Any]:
-        """As in the contract: the weights' content counts, not where they lie."""
+        """As in the base class; the content of the weights counts, not their location."""
         libraries = {name: version(name) for name in ("torch", "transformers")}
         network = {"model": self.weights.name, "config_sha256": self.weights.config_sha256}
         made_by = {key: value for key, value in self.made_by.items() if key != "revision"}
         return {"name": self.name, "version": self.version} | made_by | network | libraries
 
     def annotate(self, image: np.ndarray, key: str) -> tuple[np.ndarray, Params]:
-        """The map of one uint8 (H, W, 3) RGB picture; see `maps`."""
+        """The map of one uint8 (H, W, 3) RGB image; see `maps`."""
         return self([image], [key])[0]
 
     def __call__(self, images: list[np.ndarray], keys: list[str]) -> list[tuple[np.ndarray, Params]]:
-        """Maps of a batch, as in the contract. Raises `SctoolError` when they do not fit into the GPU's memory."""
+        """As in the base class. Raises `SctoolError` if the batch does not fit into GPU memory."""
         import torch
 
         if not images:
             return []
         try:
             with torch.inference_mode():
-                made = self.maps(images)
+                results = self.maps(images)
         except torch.OutOfMemoryError as error:
             batch = self.network_settings.batch
             raise SctoolError(
-                f"{self.name}: the GPU's memory does not hold batch={batch}. Give less, e.g. --cond {self.name}:"
-                f"batch={max(1, batch // 4)}, fewer --jobs, or smaller pictures with --size."
+                f"{self.name}: out of GPU memory with batch={batch}. Use a smaller batch, e.g. --cond {self.name}:"
+                f"batch={max(1, batch // 4)}, fewer --jobs, or smaller images with --size."
             ) from error
         made_by = self.made_by
-        return [(map, {**made_by, **params}) for map, params in made]
+        return [(map, {**made_by, **params}) for map, params in results]
 
     @abstractmethod
     def maps(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, Params]]:
-        """The uint8 map of each uint8 (H, W, 3) picture and the parameters that this condition adds."""
+        """The uint8 map of each uint8 (H, W, 3) image, and the parameters that this condition adds to the record."""
 
-    def passes(self, shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-        """Indices of what goes through the network together: one shape (…, h, w), at most `batch` of 512x512."""
+    def batches(self, shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+        """Indices of images for one forward pass: of one shape (…, h, w), at most `batch` of 512x512."""
         batch = self.network_settings.batch
-        for group in grouped(shapes):
+        for group in group_equal(shapes):
             height, width = shapes[group[0]][-2:]
-            most = max(1, batch * PASS // max(PASS, height * width))
-            yield from (group[i : i + most] for i in range(0, len(group), most))
+            step = max(1, batch * BATCH_PIXELS // max(BATCH_PIXELS, height * width))
+            yield from (group[i : i + step] for i in range(0, len(group), step))
 
 
-def grouped(keys: Sequence[Hashable]) -> list[list[int]]:
+def group_equal(keys: Sequence[Hashable]) -> list[list[int]]:
     """Indices of equal keys, groups and members in order of appearance."""
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
@@ -133,8 +144,8 @@ def grouped(keys: Sequence[Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-def on_device(images: Sequence[np.ndarray]) -> Tensor:
-    """uint8 (H, W, 3) pictures of one size as one uint8 (N, 3, H, W) on the device."""
+def to_device(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 (H, W, 3) images of one size as one uint8 (N, 3, H, W) tensor on the device."""
     import torch
 
     stack = torch.from_numpy(np.stack(images)) if len(images) > 1 else torch.from_numpy(np.array(images[0])[None])
@@ -148,10 +159,10 @@ class Transformer:
         self.network, self.processor, self.folder, self.config = network, processor, folder, network.config
 
     def pixel_values(self, images: list[np.ndarray], **options: Any) -> list[Tensor]:
-        """Each picture as the network's float32 (3, h, w): the model's own resize rule, in one go a picture size."""
-        found: dict[int, Tensor] = {}
-        for group in grouped([image.shape for image in images]):
-            stack = on_device([images[i] for i in group])
+        """The network's input for each image, float32 (3, h, w), by the model's own resize rule."""
+        inputs: dict[int, Tensor] = {}
+        for group in group_equal([image.shape for image in images]):
+            stack = to_device([images[i] for i in group])
             values = self.processor(
                 images=list(stack),
                 return_tensors="pt",
@@ -160,11 +171,11 @@ class Transformer:
                 input_data_format="channels_first",
                 **options,
             )["pixel_values"]
-            found.update(zip(group, values, strict=True))
-        return [found[i] for i in range(len(images))]
+            inputs.update(zip(group, values, strict=True))
+        return [inputs[i] for i in range(len(images))]
 
     def __call__(self, values: Sequence[Tensor], **inputs: Any) -> Any:
-        """The network's outputs for stacked pixel values; every floating tensor among them float32."""
+        """The network's outputs for a batch of pixel values; floating-point tensors are converted to float32."""
         import torch
 
         outputs = self.network(torch.stack(list(values)).to(self.network.dtype), **inputs)
@@ -175,26 +186,26 @@ class Transformer:
 
 
 def load_transformer(
-    what: str, found: Found, dtype: str, architectures: tuple[str, ...], **options: Any
+    what: str, weights: LocalWeights, dtype: str, architectures: tuple[str, ...], **options: Any
 ) -> Transformer:
-    """The network in a folder, loaded once a process and kept.
+    """The network in a folder, loaded once per process.
 
-    what: setting and value for messages. architectures: the transformers classes that do this work. options: to the
-    image processor. Raises `UsageError` for another kind of network and `SctoolError` for files that cannot be read.
+    what: setting and value, for messages. architectures: the accepted transformers classes. options: of the image
+    processor. Raises `UsageError` for another kind of network and `SctoolError` for files that cannot be read.
     """
 
     def load() -> Transformer:
-        return _load_transformer(what, found.path, dtype, architectures, options)
+        return _load_transformer(what, weights.path, dtype, architectures, options)
 
-    return kept(load, found, dtype, best_device(), architectures)
+    return load_once(load, weights, dtype, best_device(), architectures)
 
 
-def kept(load: Callable[[], Any], found: Found, *key: Hashable) -> Any:
-    """`load()`, or what it gave in this process for the same weights and key; the `KEPT` last used stay."""
-    whole = (found.path, found.sha256, found.config_sha256, *key)
-    network = _loaded.pop(whole) if whole in _loaded else load()
-    _loaded[whole] = network
-    while len(_loaded) > KEPT:
+def load_once(load: Callable[[], Any], weights: LocalWeights, *key: Hashable) -> Any:
+    """The result of `load()`, cached in this process by weights and key; the `MAX_LOADED` last used ones are kept."""
+    full_key = (weights.path, weights.sha256, weights.config_sha256, *key)
+    network = _loaded.pop(full_key) if full_key in _loaded else load()
+    _loaded[full_key] = network
+    while len(_loaded) > MAX_LOADED:
         del _loaded[next(iter(_loaded))]
     return network
 
@@ -209,22 +220,22 @@ def _load_transformer(
     from transformers.utils import logging
 
     if not folder.is_dir():
-        raise UsageError(f"{what} is a file; give the folder that holds config.json and model.safetensors.")
-    logging.disable_progress_bar()  # it would break ours
+        raise UsageError(f"{what} is a file; give the folder with config.json and model.safetensors.")
+    logging.disable_progress_bar()  # it would break the progress bar of sctool
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        named = (config.architectures or ["no network"])[0]
-        if named not in architectures:
-            raise UsageError(f"{what} holds a {named}; this condition runs {', '.join(architectures)}.")
-        network = getattr(transformers, named).from_pretrained(
+        architecture = (config.architectures or ["no network"])[0]
+        if architecture not in architectures:
+            raise UsageError(f"{what} contains a {architecture}; this condition needs {' or '.join(architectures)}.")
+        network = getattr(transformers, architecture).from_pretrained(
             str(folder), local_files_only=True, dtype=torch_dtype(dtype), weights_only=True
         )
         processor = transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, **options)
     except SctoolError:
         raise
-    except Exception as error:  # the files' readers and the network's classes each have their own kinds
+    except Exception as error:  # the file readers and the network classes raise many different types
         raise SctoolError(
-            f"{what}: {folder} cannot be loaded ({str(error).strip().splitlines()[0]}). It is damaged or no folder "
-            "in transformers' format; what came from the hub is checked by: sctool weights verify"
+            f"{what}: {folder} cannot be loaded ({str(error).strip().splitlines()[0]}). It is damaged, or not a "
+            "folder in transformers' format. To check files from the hub, run: sctool weights verify"
         ) from error
     return Transformer(network.eval().requires_grad_(False).to(best_device()), processor, folder)

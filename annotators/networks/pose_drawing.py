@@ -1,7 +1,7 @@
-"""Persons as OpenPose draws them: COCO's 17 keypoints to OpenPose's 18, limbs as ellipses, joints as discs.
+"""Poses drawn in OpenPose's style: COCO's 17 keypoints to OpenPose's 18, limbs as ellipses, joints as discs.
 
 Colours, order and rounding are those of ControlNet 1.1 and controlnet_aux (open_pose/util.py, draw_bodypose), so that
-tuners and ControlNets trained on their maps read ours.
+tuners and ControlNets trained on their maps work with these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Point = tuple[float, float] | None
 
 JOINTS = 17
 LEFT_SHOULDER, RIGHT_SHOULDER = 5, 6
-# OpenPose: nose, neck, right arm, left arm, right leg, left leg, eyes, ears; as COCO's numbers, None for the neck.
+# COCO's index of OpenPose's nose, neck, right arm, left arm, right leg, left leg, eyes, ears; None for the neck.
 FROM_COCO = (0, None, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13),
@@ -28,23 +28,23 @@ COLOURS = (
     (255, 0, 255), (255, 0, 170), (255, 0, 85),
 )  # fmt: skip
 STICK = 4
-"""Half the breadth of a limb and radius of a joint, in pixels."""
+"""Half the width of a limb, and the radius of a joint, in pixels."""
 
 
-def openpose(keypoints: Sequence[Sequence[float]], threshold: float) -> list[Point]:
+def to_openpose(keypoints: Sequence[Sequence[float]], threshold: float) -> list[Point]:
     """OpenPose's 18 points of COCO's 17 keypoints (x, y, score); None where the score is not above `threshold`.
 
-    The neck is the middle between the shoulders, where both are seen.
+    The neck is the midpoint of the shoulders, if both are visible.
     """
-    seen: list[Point] = [(x, y) if score > threshold else None for x, y, score in keypoints]
-    left, right = seen[LEFT_SHOULDER], seen[RIGHT_SHOULDER]
+    visible: list[Point] = [(x, y) if score > threshold else None for x, y, score in keypoints]
+    left, right = visible[LEFT_SHOULDER], visible[RIGHT_SHOULDER]
     neck = ((left[0] + right[0]) / 2, (left[1] + right[1]) / 2) if left and right else None
-    return [neck if i is None else seen[i] for i in FROM_COCO]
+    return [neck if i is None else visible[i] for i in FROM_COCO]
 
 
-def draw(canvas: np.ndarray, points: Sequence[Point]) -> None:
+def draw_pose(canvas: np.ndarray, points: Sequence[Point]) -> None:
     """Draws one person's 18 points, in pixels, onto an RGB canvas (H, W, 3) uint8."""
-    for (a, b), colour in zip(LIMBS, COLOURS, strict=False):  # the last colour is a joint's alone
+    for (a, b), colour in zip(LIMBS, COLOURS, strict=False):  # the last colour is only for a joint
         start, end = points[a], points[b]
         if start is None or end is None:
             continue
@@ -59,9 +59,9 @@ def draw(canvas: np.ndarray, points: Sequence[Point]) -> None:
             cv2.circle(canvas, (int(point[0]), int(point[1])), STICK, colour, thickness=-1)
 
 
-def drawing(people: Iterable[Sequence[Sequence[float]]], height: int, width: int, threshold: float) -> np.ndarray:
-    """RGB (height, width, 3) uint8 of all persons' COCO keypoints on black."""
+def draw_poses(people: Iterable[Sequence[Sequence[float]]], height: int, width: int, threshold: float) -> np.ndarray:
+    """RGB (height, width, 3) uint8: all persons, given by their COCO keypoints, on black."""
     canvas = np.zeros((height, width, 3), np.uint8)
     for keypoints in people:
-        draw(canvas, openpose(keypoints, threshold))
+        draw_pose(canvas, to_openpose(keypoints, threshold))
     return canvas

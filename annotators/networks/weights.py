@@ -1,7 +1,7 @@
-"""Weights of the models: which there are, where they lie on this machine, how they get there, whether they are whole.
+"""Weights of the networks: the known ones, finding them on this machine, fetching them, and checking them.
 
-Weights are found, never fetched, while annotating or evaluating: a local path, else the Hugging Face cache. Only
-`fetch` uses the network. Ids, licences and sizes are those known when this table was written: the model's card decides.
+Annotating and evaluating only look for weights, at a path or in the Hugging Face cache. Only `fetch` downloads. Ids,
+licences and sizes are as they were when this table was written; the model's card is authoritative.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Weights:
     repo: str
     licence: str
     commercial: bool | None
-    """Whether the licence allows commercial use; None where only the card can say."""
+    """Whether the licence allows commercial use; None if only the model card says."""
     megabytes: float
-    """About how much a download takes."""
+    """Approximate size of the download."""
     file: str | None = None
     role: Role = "annotator"
-    """annotator: makes maps; evaluator: by default only judges them; detector: finds the persons for a pose model;
-    metric: of a figure of `sctool evaluate`, which finds and fetches it by itself too."""
+    """annotator: makes maps; evaluator: by default only measures adherence; detector: detects the persons for a pose
+    model; metric: used by a metric of `sctool evaluate`, which also fetches it."""
     default: bool = False
-    """What its conditions take in this role when no model is named."""
+    """Whether its conditions use it in this role if no model is named."""
     revision: str = "main"
 
     @property
@@ -49,7 +49,7 @@ class Weights:
 
     @property
     def label(self) -> str:
-        """Id, file and licence in one phrase."""
+        """Id, file and licence, for messages."""
         return f"{self.repo}{f', {self.file}' if self.file else ''}; {self.licence}"
 
 
@@ -89,7 +89,7 @@ WEIGHTS: dict[str, Weights] = {
 
 
 def default(cond: str, role: Role = "annotator") -> Weights:
-    """The weights that a condition takes in a role when none are named. Raises `KeyError` where it takes none."""
+    """The weights that a condition uses in a role if none are named. Raises `KeyError` if it has none."""
     for row in WEIGHTS.values():
         if cond in row.conds and row.role == role and row.default:
             return row
@@ -97,34 +97,34 @@ def default(cond: str, role: Role = "annotator") -> Weights:
 
 
 def select(names: Iterable[str]) -> list[Weights]:
-    """Rows by name; a condition stands for its default annotator and, where it needs one, detector.
+    """Rows by name; the name of a condition selects its default annotator and, if it needs one, its detector.
 
-    Raises `UsageError` for an unknown word, naming the nearest.
+    Raises `UsageError` for an unknown name, naming the nearest.
     """
     conds = {cond for row in WEIGHTS.values() if row.role == "annotator" for cond in row.conds}
-    found: dict[str, Weights] = {}
+    selected: dict[str, Weights] = {}
     for name in names:
         if name in WEIGHTS:
-            found[name] = WEIGHTS[name]
+            selected[name] = WEIGHTS[name]
         elif name in conds:
             rows = [r for r in WEIGHTS.values() if name in r.conds and r.default and r.role != "evaluator"]
-            found.update({row.name: row for row in rows})
+            selected.update({row.name: row for row in rows})
         else:
             raise unknown("weights", name, WEIGHTS.keys() | conds)
-    return list(found.values())
+    return list(selected.values())
 
 
-# --------------------------------------------------------------------------------------------------- where they lie
+# ------------------------------------------------------------------------------------------------- finding weights
 
 
 @dataclass(frozen=True)
-class Found:
-    """Weights on this machine. Hashes are of the bytes that lie there, computed once."""
+class LocalWeights:
+    """Weights on this machine. Hashes are of the actual files, computed once."""
 
     name: str
-    """What results call it: the row's name, a hub id, or the file's or folder's own name."""
+    """Their name in results: the row's name, a hub id, or the name of the file or folder."""
     source: str
-    """What finds it again as `model=`: the row's name, a hub id, or the whole path."""
+    """The value of `model=` that finds them again: the row's name, a hub id, or the absolute path."""
     path: Path
     """A file, or a folder in transformers' format."""
     revision: str | None = None
@@ -137,24 +137,24 @@ class Found:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the weight file; of several, that of their hashes in order."""
-        return _joined(self.files)
+        """SHA-256 of the weight file; for several files, SHA-256 of their hashes in order."""
+        return _combined_hash(self.files)
 
     @cached_property
     def config_sha256(self) -> str | None:
-        """The same of the settings beside a network in a folder: how it is built and how it reads pictures."""
-        return _joined(sorted(self.path.glob("*config.json"))) if self.path.is_dir() else None
+        """The same for the `*config.json` files of a folder, which define the network and its preprocessing."""
+        return _combined_hash(sorted(self.path.glob("*config.json"))) if self.path.is_dir() else None
 
 
-def _joined(files: list[Path]) -> str:
+def _combined_hash(files: list[Path]) -> str:
     hashes = [sha256(file) for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder in transformers' format, whole or in shards; [] when one is missing.
+    """The weight files of a folder in transformers' format, one or several shards; [] if one is missing.
 
-    safetensors first; `pytorch_model.bin` else, which is only ever read as tensors, without pickled code.
+    safetensors first, else `pytorch_model.bin`, which is read as tensors only, so that no code in it runs.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -166,45 +166,45 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def locate(cond: str, model: str, role: Role = "annotator", key: str = "model") -> Found:
+def find_weights(cond: str, model: str, role: Role = "annotator", key: str = "model") -> LocalWeights:
     """The weights that `model` names: a row of the table, a path, or a hub id (`OWNER/NAME`, `OWNER/NAME:FILE`).
 
-    key: the setting that holds the name, for the messages. Raises `UsageError` for what is none of these, and
-    `SctoolError` that says how to get them when they are not on this machine.
+    key: the setting with this name, for messages. Raises `UsageError` for anything else, and `SctoolError` that says
+    how to get the weights if they are not on this machine.
     """
     if model in WEIGHTS and cond in WEIGHTS[model].conds:
         row = WEIGHTS[model]
-        found = at_hand(row)
-        if found is None:
+        weights = find_cached(row)
+        if weights is None:
             raise SctoolError(
                 f"{cond} needs the weights '{row.name}' ({row.label}) and they are not on this machine. "
                 f"Get them with: sctool weights fetch {row.name}   - or give a {'file' if row.file else 'folder'}: "
                 f"--cond {cond}:{key}=PATH"
             )
-        return found
+        return weights
     path = Path(model).expanduser()
     if path.exists():
         if path.is_dir() and not ((path / "config.json").is_file() and weight_files(path)):
             raise UsageError(
-                f"--cond {cond}:{key}={model} is no folder in transformers' format: it needs config.json, "
+                f"--cond {cond}:{key}={model} is not a folder in transformers' format: it needs config.json, "
                 "preprocessor_config.json and model.safetensors."
             )
-        return Found(path.name, str(path.absolute()), path.absolute())
+        return LocalWeights(path.name, str(path.absolute()), path.absolute())
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?", model)
     if match is None or (match[2] is None and path.suffix in (".pth", ".safetensors")):
         if "/" in model or path.suffix:
-            raise UsageError(f"--cond {cond}:{key}={model}: no such file or folder, and no hub id (OWNER/NAME).")
+            raise UsageError(f"--cond {cond}:{key}={model}: not an existing file or folder, nor a hub id (OWNER/NAME).")
         rows = (row for row in WEIGHTS.values() if cond in row.conds)
-        fitting = [row.name for row in rows if (row.role == "detector") == (role == "detector")]
-        raise unknown(f"{cond} {key}", model, fitting, " A path or a hub id may be given too.")
+        candidates = [row.name for row in rows if (row.role == "detector") == (role == "detector")]
+        raise unknown(f"{cond} {key}", model, candidates, " A path or a hub id may be given too.")
     row = Weights(model, (cond,), match[1], "see its card", None, 0, match[2])
-    found = at_hand(row)
-    if found is None:
+    weights = find_cached(row)
+    if weights is None:
         raise SctoolError(
             f"{cond} needs {model} from the hub and it is not on this machine. Get it with: "
             f"hf download {row.repo}{f' {row.file}' if row.file else ''}   - or give a path: --cond {cond}:{key}=PATH"
         )
-    return found
+    return weights
 
 
 def hub_cache() -> Path:
@@ -214,8 +214,8 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def at_hand(row: Weights) -> Found | None:
-    """Where the row's weights lie in the cache, whole; None where they do not. Never uses the network."""
+def find_cached(row: Weights) -> LocalWeights | None:
+    """The row's weights in the Hugging Face cache; None if they are missing or incomplete. Never uses the network."""
     from huggingface_hub import try_to_load_from_cache
 
     file = row.file or "config.json"
@@ -225,16 +225,16 @@ def at_hand(row: Weights) -> Found | None:
     snapshot = Path(path).parents[file.count("/")]
     if row.file is None and not weight_files(snapshot):
         return None
-    return Found(row.name, row.name, Path(path) if row.file else snapshot, snapshot.name)
+    return LocalWeights(row.name, row.name, Path(path) if row.file else snapshot, snapshot.name)
 
 
-# --------------------------------------------------------------------------------------------------- getting them
+# ------------------------------------------------------------------------------------------------ fetching weights
 
 
-def fetch(row: Weights) -> Found:
-    """Downloads a row's weights into the cache, with progress on stderr; what is there already is not fetched again.
+def fetch(row: Weights) -> LocalWeights:
+    """Downloads a row's weights into the cache, with progress on stderr. Files that are there are not fetched again.
 
-    Raises `SctoolError` naming the page and the way without network.
+    Raises `SctoolError` with the model's page and how to do it without network.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -242,22 +242,22 @@ def fetch(row: Weights) -> Found:
         if row.file:
             hf_hub_download(row.repo, row.file, revision=row.revision, cache_dir=hub_cache())
         else:
-            names = _needed(HfApi().list_repo_files(row.repo, revision=row.revision))
+            names = _files_to_fetch(HfApi().list_repo_files(row.repo, revision=row.revision))
             snapshot_download(row.repo, revision=row.revision, cache_dir=hub_cache(), allow_patterns=names)
-    except Exception as error:  # the hub client raises a dozen kinds for "not reachable", "not there" and "no room"
+    except Exception as error:  # the hub client raises many types: no connection, no such repository, disk full
         folder = f"models--{row.repo.replace('/', '--')}"
         raise SctoolError(
             f"cannot fetch '{row.name}' from {row.url} ({_reason(error)}). Without network: fetch it on another "
-            f"machine and copy the folder {folder} from its cache to {hub_cache()} (HF_HOME names another place)."
+            f"machine and copy the folder {folder} from its cache to {hub_cache()} (HF_HOME changes that location)."
         ) from error
-    found = at_hand(row)
-    if found is None:
-        raise SctoolError(f"{row.url} has no weights that sctool reads (model.safetensors and its config.json).")
-    return found
+    weights = find_cached(row)
+    if weights is None:
+        raise SctoolError(f"{row.url} has no weights that sctool can read (model.safetensors and config.json).")
+    return weights
 
 
-def _needed(names: Iterable[str]) -> list[str]:
-    """Of a repository's files those that a transformers model is loaded from: settings, vocabulary, one weight set."""
+def _files_to_fetch(names: Iterable[str]) -> list[str]:
+    """The files of a repository that loading needs: settings, vocabulary, and one set of weight files."""
     names = [name for name in names if "/" not in name]
     shard = r"(-\d+-of-\d+)?"
     weights = [n for n in names if re.fullmatch(rf"model{shard}\.safetensors", n)]
@@ -266,38 +266,38 @@ def _needed(names: Iterable[str]) -> list[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what the failure began with: "no such host" tells more than "not in the cache"."""
+    """The first line of the original cause: "no such host" is more helpful than "not in the cache"."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-# --------------------------------------------------------------------------------------------------- are they whole
+# ------------------------------------------------------------------------------------------------ checking weights
 
 
 @dataclass(frozen=True)
 class Check:
-    """One file of some weights: whether its bytes are those that the hub has; None where the cache does not say."""
+    """One weight file: whether it is identical to the hub's; None if the cache does not record that."""
 
     weights: str
     file: Path
-    sound: bool | None
+    intact: bool | None
 
 
 def verify(row: Weights) -> list[Check]:
-    """Hashes the row's files again; [] when they are not at hand.
+    """Hashes the row's files again; [] if they are not on this machine.
 
-    The cache names every file by what the hub says of its content: SHA-256 for large ones, git's blob hash (SHA-1) for
-    small ones; a damaged file is therefore found without network.
+    The cache names every file by its hash on the hub, SHA-256 for large files and git's blob hash (SHA-1) for small
+    ones, so a damaged file is found without network.
     """
-    found = at_hand(row)
-    if found is None:
+    weights = find_cached(row)
+    if weights is None:
         return []
-    files = sorted(p for p in found.path.rglob("*") if p.is_file()) if found.path.is_dir() else [found.path]
-    return [Check(row.name, file, _sound(file)) for file in files]
+    files = sorted(p for p in weights.path.rglob("*") if p.is_file()) if weights.path.is_dir() else [weights.path]
+    return [Check(row.name, file, _is_intact(file)) for file in files]
 
 
-def _sound(file: Path) -> bool | None:
+def _is_intact(file: Path) -> bool | None:
     blob = Path(os.path.realpath(file)).name
     if re.fullmatch(r"[0-9a-f]{64}", blob):
         return sha256(file) == blob

@@ -1,38 +1,41 @@
 """Conditions: what each map shows, how it becomes the RGB hint that a tuner sees, and how `--cond` is written.
 
-The annotator of a condition is in `annotators/NAME.py`, its adherence metric in `eval/control/`. Imports no torch.
+The annotator of a condition is in `annotators/NAME.py`, its adherence metric in `eval/control/`. Imports neither torch
+nor numpy, so that the command line can name the conditions in its help.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .palette import ADE20K
 
-Render = Callable[[np.ndarray, np.ndarray], np.ndarray]
+if TYPE_CHECKING:
+    import numpy as np
+
+Render = Callable[["np.ndarray", "np.ndarray"], "np.ndarray"]
 """(map (H, W) or (H, W, 3), image (H, W, 3)) -> RGB hint (H, W, 3); all uint8 and of one size."""
 
 
 def _as_rgb(map: np.ndarray, image: np.ndarray) -> np.ndarray:
-    return np.repeat(map[..., None], 3, axis=2) if map.ndim == 2 else map
+    return map[..., None].repeat(3, axis=2) if map.ndim == 2 else map
 
 
 def _masked(map: np.ndarray, image: np.ndarray) -> np.ndarray:
     """The image with the area to be painted (mask 255) set to 0, as in SCEdit's inpainting."""
+    import numpy as np
+
     hole = (map if map.ndim == 2 else map[..., 0]) >= 128
     return np.where(hole[..., None], np.uint8(0), image)
 
 
-_CLASS_COLOURS = np.concatenate([ADE20K, np.zeros((256 - len(ADE20K), 3), np.uint8)])
+def _class_colours(map: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Class ids in ADE20K's colours, 150 and above black. A map that is already in colour is returned unchanged."""
+    from .palette import CLASS_COLOURS
 
-
-def _coloured(map: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Class ids in ADE20K's colours, 150 and above black; a map that is in colour already as it is."""
-    return _CLASS_COLOURS[map] if map.ndim == 2 else map
+    return CLASS_COLOURS[map] if map.ndim == 2 else map
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ class Condition:
     """Its annotator runs a network, whose weights must be on this machine."""
     render: Render = _as_rgb
     needs_image: bool = False
-    """`render` reads the image; otherwise any image of the right size will do."""
+    """`render` reads the image's pixels, not only its size."""
     categorical: bool = False
-    """Map values are class ids: resized by nearest neighbour only, and their colours do not tell all classes apart."""
+    """Map values are class ids: resized by nearest neighbour only; some classes share a colour."""
 
 
 CONDITIONS: dict[str, Condition] = {
@@ -60,7 +63,7 @@ CONDITIONS: dict[str, Condition] = {
         Condition("hed", "soft edges (8 bit)", network=True),
         Condition("sketch", "sketches, thinned soft edges (1 bit)", network=True),
         Condition("depth", "relative depth, near is bright (8 bit)", network=True),
-        Condition("seg", "semantic segmentation, ADE20K class ids (8 bit)", network=True, render=_coloured,
+        Condition("seg", "semantic segmentation, ADE20K class ids (8 bit)", network=True, render=_class_colours,
                   categorical=True),
         Condition("pose", "human pose as OpenPose draws it, keypoints in the metadata (RGB)", network=True),
     )
@@ -72,11 +75,16 @@ MAP_FOLDERS = CONDITIONS.keys() | {"inpaint", "lineart", "mlsd", "normal", "pidi
 
 
 def condition(name: str) -> Condition:
-    """The condition of that name; one that sctool cannot annotate is rendered as it is."""
+    """The condition of that name. One that sctool cannot annotate is shown to the tuner unchanged."""
     return CONDITIONS.get(name) or Condition(name)
 
 
-# ----------------------------------------------------------------------------------------------- how it is written
+def condition_names(*, network: bool) -> str:
+    """The conditions whose annotator runs a network, or those that need none: `canny, color, ...`."""
+    return ", ".join(name for name, condition in CONDITIONS.items() if condition.network == network)
+
+
+# ------------------------------------------------------------------------------------------------- syntax of --cond
 
 
 @dataclass(frozen=True)
@@ -91,17 +99,18 @@ class ConditionSpec:
 
 
 def parse_conditions(text: str | Iterable[str], flag: str = "--cond") -> tuple[ConditionSpec, ...]:
-    """Conditions from `canny:low=50,high=150,color` (one text or several). Names are not checked here.
+    """Conditions from `canny:low=50,high=150,color` (one string or several). Names are not checked here.
 
-    A part with `=` and without a condition's name belongs to the condition before it.
+    A part such as `high=150` belongs to the condition before it.
     Raises `UsageError` for settings without a condition, and for a condition given twice.
     """
+    texts = [text] if isinstance(text, str) else text
     specs: list[tuple[str, list[str]]] = []
-    for part in (part.strip() for one in ([text] if isinstance(text, str) else text) for part in one.split(",")):
+    for part in (part.strip() for text in texts for part in text.split(",")):
         name, colon, rest = part.partition(":")
         if "=" in name:
             if not specs:
-                raise UsageError(f"{flag} '{part}' sets nothing: name the condition first, e.g. canny:{part}.")
+                raise UsageError(f"{flag} '{part}' belongs to no condition. Write one first, e.g. canny:{part}.")
             specs[-1][1].append(part)
         elif name:
             specs.append((name.strip(), [rest] if colon else []))

@@ -1,6 +1,6 @@
 """The colours of ADE20K's 150 classes, in the order of their ids, as mmseg, ControlNet and diffusers' guides have them.
 
-Only for showing: class 6 (road) and 48 (skyscraper) have the same colour, so ids cannot be read back from a picture.
+For display only: class 6 (road) and 48 (skyscraper) have the same colour, so ids cannot be read back from an image.
 """
 
 from __future__ import annotations
@@ -23,3 +23,6 @@ ADE20K = np.frombuffer(
     np.uint8,
 ).reshape(150, 3)
 """uint8 (150, 3) RGB."""
+
+CLASS_COLOURS = np.concatenate([ADE20K, np.zeros((256 - len(ADE20K), 3), np.uint8)])
+"""The colour of every uint8 class id, (256, 3); ids from 150 on are black."""

@@ -301,7 +301,7 @@ def test_other_settings_or_another_source_never_mix(tmp_path):
         go(src, tmp_path / "out", ("canny:low=50",))
     with pytest.raises(UsageError, match="was made with source"):
         go(folder_of(tmp_path / "other", 2), tmp_path / "out", ("canny",))
-    with pytest.raises(UsageError, match="holds other files"):
+    with pytest.raises(UsageError, match="contains other files"):
         go(src, src.parent / "other", ("canny",))
     with pytest.raises(UsageError, match="inside the source"):
         go(src, src / "out", ("canny",))

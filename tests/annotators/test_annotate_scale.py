@@ -127,19 +127,19 @@ def kill_one(pids: list[int]) -> bool:
 def test_a_job_that_kills_every_worker_is_named_and_the_rest_is_done(tmp_path):
     (tmp_path / "deadly.py").write_text(
         "import os, signal\n"
-        "def work(job, beat):\n"
+        "def work(job, on_image):\n"
         "    if job == 'bad':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    open(job, 'a').write('x')\n"
         "    return {}\n"
         "if __name__ == '__main__':\n"
-        "    from sctool.annotators.pool import run_jobs\n"
+        "    from sctool.annotators.engine.pool import run_jobs\n"
         "    import deadly\n"
-        "    run_jobs(deadly.work, ['a', 'bad', 'b', 'c'], 2, lambda n: None, '')\n"
+        "    run_jobs(deadly.work, ['a', 'bad', 'b', 'c'], 2, lambda n: None)\n"
     )
     made = subprocess.run(
         [sys.executable, "deadly.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
     )  # fmt: skip
     assert "SctoolError: worker processes died at bad, 2 at each" in made.stderr
     assert [(tmp_path / name).read_text() for name in "abc"] == ["x", "x", "x"]
@@ -163,21 +163,21 @@ def test_ray_that_is_missing_names_the_remedy(tmp_path, monkeypatch):
 
 
 def test_batches_are_bounded_by_pixels_and_number(tmp_path, monkeypatch):
-    from sctool.annotators.engine import jobs as units
+    from sctool.annotators.engine import worker
 
     sizes = []
-    real = units.make
+    real = worker.make_maps
 
-    def make(pictures, *args, **more):
-        sizes.append(len(pictures))
-        return real(pictures, *args, **more)
+    def make_maps(images, *args, **more):
+        sizes.append(len(images))
+        return real(images, *args, **more)
 
-    monkeypatch.setattr(units, "make", make)
+    monkeypatch.setattr(worker, "make_maps", make_maps)
     src = shards_of(tmp_path / "src", 1, 40, 64)
     go(src, tmp_path / "a", jobs=1)
     assert sizes == [16, 16, 8]
     sizes.clear()
-    monkeypatch.setattr(units, "PIXELS", 3 * 64 * 64)
+    monkeypatch.setattr(worker, "BATCH_PIXELS", 3 * 64 * 64)
     go(src, tmp_path / "b", jobs=1)
     assert sizes == [3] * 13 + [1]
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
@@ -234,7 +234,7 @@ def test_shards_without_pictures_are_one_clear_message(tmp_path):
         info = tarfile.TarInfo("a.txt")
         info.size = 4
         tar.addfile(info, io.BytesIO(b"text"))
-    with pytest.raises(UsageError, match="holds no picture"):
+    with pytest.raises(UsageError, match="contains no images"):
         go(tmp_path / "src", tmp_path / "out")
 
 
@@ -274,7 +274,7 @@ def test_a_limit_never_throws_finished_maps_away(tmp_path, kind):
     assert go(src, tmp_path / "out", limit=3)["images"] == 3
     assert go(src, tmp_path / "out")["images"] == 6
     before = tree(tmp_path / "out")
-    with pytest.raises(UsageError, match="more pictures than --limit"):
+    with pytest.raises(UsageError, match="more images than --limit"):
         go(src, tmp_path / "out", limit=3)
     assert tree(tmp_path / "out") == before
 

@@ -195,7 +195,7 @@ def test_conditions_with_settings_are_read():
         ("mask:preset=thicc", "'train', 'medium', 'thick' or 'thin'"),
         ("canny,color,canny", "'canny' twice"),
         ("canny:random=t2i,low=3", "leave out low="),
-        ("low=3", "name the condition first"),
+        ("low=3", "Write one first"),
         ("color:ratio=0", "color ratio='0'"),
         ("outpaint:keep=0.5-0.2", "LOW-HIGH with 0 < LOW <= HIGH < 1"),
         ("outpaint:keep=1", "LOW-HIGH"),

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from skimage import data
 
 from sctool.annotators import annotator
-from sctool.annotators.depth import NEAREST, normalised
+from sctool.annotators.depth import NEAREST, normalise
 from sctool.annotators.networks.edge_networks import Hed as HedNetwork
 from sctool.annotators.networks.edge_networks import PiDiNet, _folded, load_edges, soft_edges
 from sctool.annotators.networks.models import load_transformer
-from sctool.annotators.networks.pose_drawing import COLOURS, draw, drawing, openpose
-from sctool.annotators.pose import crops, xywh
+from sctool.annotators.networks.pose_drawing import COLOURS, draw_pose, draw_poses, to_openpose
+from sctool.annotators.pose import crop_persons, to_xywh
 from sctool.annotators.sketch import scribble
 from sctool.core.errors import SctoolError, UsageError
 
@@ -259,7 +259,7 @@ def test_pickled_code_is_not_run(tmp_path):
             return (Path(tmp_path / "ran").touch, ())
 
     torch.save({"norm": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(SctoolError, match=r"evil\.pth holds neither HED"):
+    with pytest.raises(SctoolError, match=r"evil\.pth contains neither HED"):
         annotator(f"hed:model={tmp_path}/evil.pth")(IMAGES[:1], ["a"])
     assert not (tmp_path / "ran").exists()
 
@@ -397,15 +397,15 @@ def test_depth_is_transformers_own_depth_stretched(nets, name):
 
 
 def test_flat_depth_is_black():
-    assert not normalised(torch.full((4, 5), 3.0), metric=False).any()
-    assert not normalised(torch.full((4, 5), 3.0) + 1e-5 * torch.rand(4, 5), metric=True).any()
-    assert not normalised(torch.zeros(4, 5), metric=False).any()
+    assert not normalise(torch.full((4, 5), 3.0), metric=False).any()
+    assert not normalise(torch.full((4, 5), 3.0) + 1e-5 * torch.rand(4, 5), metric=True).any()
+    assert not normalise(torch.zeros(4, 5), metric=False).any()
 
 
 def test_near_is_white_for_both_kinds_of_depth():
     inverse = torch.tensor([[1.0, 2.0, 3.0]])
-    assert normalised(inverse, metric=False).tolist() == [[0, 127, 255]]
-    assert normalised(1 / inverse, metric=True).tolist() == [[0, 127, 255]]
+    assert normalise(inverse, metric=False).tolist() == [[0, 127, 255]]
+    assert normalise(1 / inverse, metric=True).tolist() == [[0, 127, 255]]
 
 
 # ------------------------------------------------------------------------------------------------- segmentation
@@ -442,7 +442,7 @@ def test_more_classes_than_a_byte_holds_are_refused(tmp_path):
     )
     tf.SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
     tf.SegformerImageProcessor().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="names 300 classes; a map holds at most 255"):
+    with pytest.raises(UsageError, match="predicts 300 classes; a map can store at most 255"):
         annotator(f"seg:model={tmp_path}")(IMAGES[:1], ["a"])
 
 
@@ -482,7 +482,7 @@ def test_pose_is_transformers_own_pose(nets, name):
             ours = np.array(person["keypoints"])
             off.append(np.abs(ours[:, :2] - theirs["keypoints"].numpy()).max(1))
             assert np.abs(ours[:, 2] - theirs["scores"].numpy()).max() < 0.05
-        assert np.array_equal(map, drawing([p["keypoints"] for p in persons], height, width, 0.3))
+        assert np.array_equal(map, draw_poses([p["keypoints"] for p in persons], height, width, 0.3))
         assert map.any()
         json.dumps(params)
     # A level of rounding in a crop moves the peaks of random heatmaps that are flat; real ones have one peak.
@@ -496,8 +496,8 @@ def test_crops_are_the_processors_own(nets):
     boxes = [
         np.array(box) for box in ([40.5, 20.25, 120.0, 190.0, 1], [-0.0, 0.0, 300.0, 90.0, 1], [280, 150, 300, 200, 1])
     ]
-    expected = network.processor([image], boxes=[[xywh(box) for box in boxes]], return_tensors="pt")["pixel_values"]
-    ours = crops(network, [IMAGES[0], image], [(1, box) for box in boxes])
+    expected = network.processor([image], boxes=[[to_xywh(box) for box in boxes]], return_tensors="pt")["pixel_values"]
+    ours = crop_persons(network, [IMAGES[0], image], [(1, box) for box in boxes])
     level = 1 / 255 / min(network.processor.image_std)
     assert (ours - expected).abs().max() < 1.01 * level  # rounding falls to either side
     assert (ours - expected).abs().mean() < 0.01 * level
@@ -520,7 +520,7 @@ def test_pictures_with_and_without_persons_in_one_batch(nets):
 
 
 def test_other_joints_than_cocos_are_refused(nets):
-    with pytest.raises(UsageError, match="finds 21 keypoints"):
+    with pytest.raises(UsageError, match="predicts 21 keypoints"):
         annotator(pose(nets, "hands"))(IMAGES, KEYS)
 
 
@@ -540,31 +540,31 @@ def person(kind: str) -> list[list[float]]:
 
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_persons_are_drawn_as_published(kind):
-    made = drawing([person(kind)], 512, 512, 0.3)
+    made = draw_poses([person(kind)], 512, 512, 0.3)
     assert hashlib.sha256(made.tobytes()).hexdigest()[:16] == GOLDEN[kind]
 
 
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_persons_are_drawn_as_controlnet_aux_does(kind):
-    points = openpose(person(kind), 0.3)
+    points = to_openpose(person(kind), 0.3)
     body = oracle("open_pose.body")
     keypoints = [None if p is None else body.Keypoint(x=p[0] / 512, y=p[1] / 512) for p in points]
     theirs = oracle("open_pose.util").draw_bodypose(np.zeros((512, 512, 3), np.uint8), keypoints)
-    assert np.array_equal(drawing([person(kind)], 512, 512, 0.3), theirs)
+    assert np.array_equal(draw_poses([person(kind)], 512, 512, 0.3), theirs)
 
 
 def test_coco_becomes_openpose():
-    points = openpose(PERSON, 0.3)
+    points = to_openpose(PERSON, 0.3)
     names = ["nose", "neck", "r sho", "r elb", "r wri", "l sho", "l elb", "l wri", "r hip", "r kne", "r ank", "l hip",
              "l kne", "l ank", "r eye", "l eye", "r ear", "l ear"]  # fmt: skip
     at = dict(zip(names, points, strict=True))
     assert at["neck"] == (256, 160)
     assert (at["nose"], at["r wri"], at["l ank"], at["r ear"]) == ((256, 90), (128, 316), (310, 490), (222, 84))
     hidden = [[x, y, 0.3 if i == 5 else score] for i, (x, y, score) in enumerate(PERSON)]
-    assert openpose(hidden, 0.3)[1] is None  # no neck without both shoulders
-    assert openpose(hidden, 0.3)[5] is None
+    assert to_openpose(hidden, 0.3)[1] is None  # no neck without both shoulders
+    assert to_openpose(hidden, 0.3)[5] is None
     canvas = np.zeros((32, 32, 3), np.uint8)
-    draw(canvas, [(16.9, 8.2), *[None] * 17])
+    draw_pose(canvas, [(16.9, 8.2), *[None] * 17])
     assert tuple(canvas[8, 16]) == COLOURS[0]
 
 
@@ -646,7 +646,7 @@ def test_a_network_is_loaded_once_a_process(specs, monkeypatch):
 
 
 def test_another_kind_of_network_is_refused(nets):
-    with pytest.raises(UsageError, match="holds a SegformerForSemanticSegmentation; this condition runs DepthAny"):
+    with pytest.raises(UsageError, match="contains a SegformerForSemanticSegmentation; this condition needs DepthAny"):
         annotator(f"depth:model={nets / 'segformer'}")(IMAGES[:1], ["a"])
 
 

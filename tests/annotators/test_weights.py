@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sctool.annotators import ANNOTATORS, annotator
-from sctool.annotators.networks.weights import WEIGHTS, at_hand, default, locate, select, verify
+from sctool.annotators.networks.weights import WEIGHTS, default, find_cached, find_weights, select, verify
 from sctool.cli import run
 from sctool.core.data.conditions import condition
 from sctool.core.errors import SctoolError, UsageError
@@ -107,8 +107,8 @@ def test_pose_needs_its_detector_too(cache):
     [
         ("dpt-hybird", "unknown depth model 'dpt-hybird'. Did you mean 'dpt-hybrid'"),
         ("hed", "unknown depth model 'hed'"),
-        ("/no/such/folder", "no such file or folder, and no hub id"),
-        ("depth.safetensors", "no such file or folder"),
+        ("/no/such/folder", "not an existing file or folder, nor a hub id"),
+        ("depth.safetensors", "not an existing file or folder"),
     ],
 )
 def test_wrong_models_are_named(model, words):
@@ -120,16 +120,16 @@ def test_wrong_models_are_named(model, words):
 def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"needs config\.json, preprocessor_config\.json and model\.safetensors"):
-        locate("depth", str(tmp_path))
+        find_weights("depth", str(tmp_path))
 
 
 def test_the_cache_is_read(cache):
     file = hed(cache)
-    found = locate("hed", "hed")
+    found = find_weights("hed", "hed")
     assert (found.path, found.revision) == (file, COMMIT)
     assert found.sha256 == hashlib.sha256(b"weights").hexdigest()
     assert found.config_sha256 is None
-    assert locate("sketch", "lllyasviel/Annotators:ControlNetHED.pth").path == file
+    assert find_weights("sketch", "lllyasviel/Annotators:ControlNetHED.pth").path == file
     made = annotator("hed")
     made.ready()
     assert made.id["weights_sha256"] == found.sha256
@@ -142,9 +142,9 @@ def test_a_repository_counts_when_all_its_shards_are_there(cache):
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
     files = {"config.json": b"{}", "model.safetensors.index.json": index, "model-1.safetensors": b"1"}
     put(cache, row.repo, files)
-    assert at_hand(row) is None
+    assert find_cached(row) is None
     put(cache, row.repo, {"model-2.safetensors": b"2"})
-    found = at_hand(row)
+    found = find_cached(row)
     assert found is not None
     assert [file.name for file in found.files] == ["model-1.safetensors", "model-2.safetensors"]
     hashes = [hashlib.sha256(data).hexdigest() for data in (b"1", b"2")]
@@ -157,11 +157,11 @@ def test_a_repository_counts_when_all_its_shards_are_there(cache):
 def test_whole_weights_pass(cache, capsys):
     hed(cache)
     depth(cache)
-    assert {check.sound for check in verify(default("depth"))} == {True}
+    assert {check.intact for check in verify(default("depth"))} == {True}
     assert run(["weights", "verify"]) == 0
     out = capsys.readouterr().out
-    assert "hed: 1 of 1 files sound" in out
-    assert f"{default('depth').name}: 3 of 3 files sound" in out
+    assert "hed: 1 of 1 files intact" in out
+    assert f"{default('depth').name}: 3 of 3 files intact" in out
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
@@ -170,26 +170,26 @@ def test_a_damaged_file_is_named(cache, capsys, name):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert [check.file.name for check in verify(default("depth")) if check.sound is False] == [name]
+    assert [check.file.name for check in verify(default("depth")) if check.intact is False] == [name]
     assert run(["weights", "verify"]) == 1
     err = capsys.readouterr().err
     assert f"damaged: {default('depth').name}: {file}" in err
     assert "fetch the weights again" in err
 
 
-def test_a_file_without_a_hash_is_not_called_sound(cache, capsys):
+def test_a_file_without_a_hash_is_not_called_intact(cache, capsys):
     file = hed(cache)
     file.unlink()
     file.write_bytes(b"copied without its blob")
     assert run(["weights", "verify", "hed"]) == 0
-    assert "hed: 0 of 1 files sound, 1 without a known hash" in capsys.readouterr().out
+    assert "hed: 0 of 1 files intact, 1 without a known hash" in capsys.readouterr().out
 
 
 def test_what_is_not_here_cannot_be_verified(capsys):
     assert run(["weights", "verify", "seg"]) == 1
     assert "'upernet' is not on this machine. Get it with: sctool weights fetch upernet" in capsys.readouterr().err
     assert run(["weights", "verify"]) == 0
-    assert "no weights of the list are on this machine" in capsys.readouterr().out
+    assert "none of the listed weights are on this machine" in capsys.readouterr().out
 
 
 def test_verify_as_json(cache, capsys):
