@@ -106,7 +106,7 @@ def default_name(config: TrainConfig) -> str:
     """A name that the same command gives again: method, conditions, base, data and a hash of the rest."""
     values = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE_KEYS}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
-    words = [config.method, *config.conditionsitions, Path(config.base).name, Path(config.data).resolve().name]
+    words = [config.method, *config.conditions, Path(config.base).name, Path(config.data).resolve().name]
     return "-".join([*words, digest])
 
 
