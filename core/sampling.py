@@ -107,7 +107,7 @@ def draw(
     Pictures with the same set of hints share a batch. `encode` turns prompts into text rows; the backbone's own
     encoder when not given.
     """
-    encode = encode or backbone.encode_text
+    encode = encode or backbone.encode_prompts
     size = config.size or backbone.resolution
     if size % max(8, backbone.vae_scale):
         raise UsageError(

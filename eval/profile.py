@@ -29,7 +29,7 @@ class _Bench:
         device = backbone.device
         self.latents = torch.randn((batch, channels, side, side), generator=g).to(device)
         self.t = torch.full((batch,), 500, device=device)
-        self.text = dict(backbone.encode_text(["a photo"] * batch))
+        self.text = dict(backbone.encode_prompts(["a photo"] * batch))
         ids = backbone.time_ids(batch, size)
         if ids is not None:
             self.text["time_ids"] = ids

@@ -61,6 +61,16 @@ class Backbone:
         return self.denoiser.config.in_channels
 
     @property
+    def latents_id(self) -> tuple[str, ...]:
+        """Identity of the autoencoder and its precision, for cache keys."""
+        return self.vae_hash, str(self.vae.dtype)
+
+    @property
+    def conditioning_id(self) -> tuple[str, ...]:
+        """Identity of the text encoders and their precision, for cache keys."""
+        return self.text_hash, str(getattr(self.pipe.text_encoder, "dtype", torch.float32))
+
+    @property
     def resolution(self) -> int:
         """The side, in pixels, that the base was trained at."""
         size = self.denoiser.config.sample_size
@@ -99,7 +109,7 @@ class Backbone:
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
     @torch.no_grad()
-    def encode_text(self, captions: list[str]) -> dict[str, torch.Tensor]:
+    def encode_prompts(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """The captions as the denoiser takes them: {"prompt_embeds": (B, L, D)} and, for SDXL, "pooled" (B, P)."""
         device = self.pipe.text_encoder.device
         if self.family == "sdxl":
@@ -109,6 +119,15 @@ class Backbone:
             return {"prompt_embeds": embeds, "pooled": pooled}
         embeds, _ = self.pipe.encode_prompt(captions, device, 1, False)
         return {"prompt_embeds": embeds}
+
+    def too_long(self, prompt: str) -> bool:
+        """Whether a text encoder would cut the prompt, because it has more tokens than the encoder reads."""
+        tokenizers = [getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
+        return any(
+            len(tokenizer(prompt, truncation=False).input_ids) > tokenizer.model_max_length
+            for tokenizer in tokenizers
+            if tokenizer is not None
+        )
 
     def time_ids(self, batch: int, size: int) -> torch.Tensor | None:
         """SDXL's micro-conditioning (original size, crop corner, target size) as (B, 6); None for other bases."""

@@ -61,10 +61,13 @@ class PromptCounts:
         """One line, "" when every image has its own caption."""
         parts = []
         if self.from_labels:
-            parts.append(f'{self.from_labels} captions come from class labels, e.g. "{self.example}"')
+            parts.append(
+                f"{self.from_labels} of {self.images} images have no caption and use their class label: "
+                f'"{self.example}" (template: caption=...)'
+            )
         if self.empty:
-            parts.append(f"{self.empty} are empty")
-        return f"of {self.images} images' captions, {' and '.join(parts)}" if parts else ""
+            parts.append(f"{self.empty} of {self.images} images have an empty caption")
+        return "; ".join(parts)
 
 
 def count_prompts(records: Iterable[Record], prompt: Prompt) -> PromptCounts:

@@ -124,9 +124,9 @@ class Record:
     label: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def map_for(self, cond: str, alone: bool = True) -> Blob | None:
-        """The map for a condition: its own, else, when it is asked `alone`, the map that names no condition."""
-        return self.maps.get(cond) or (self.maps.get(ANY) if alone else None)
+    def map_for(self, cond: str, only: bool = True) -> Blob | None:
+        """The map of a condition; when it is the `only` one used, a map that names no condition will do."""
+        return self.maps.get(cond) or (self.maps.get(ANY) if only else None)
 
 
 @dataclass(frozen=True)

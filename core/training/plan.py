@@ -10,7 +10,8 @@ import torch
 from ..backbones.loading import Backbone, load_backbone
 from ..backbones.upsampling import fold_upsampling
 from ..config import TrainConfig
-from ..data.prepared import plan as cache_plan
+from ..data.prepared import cache_plan
+from ..data.prompts import PromptRule
 from ..data.records import Source
 from ..devices import choose_precision, torch_dtype
 from ..measure import saved_bytes
@@ -75,8 +76,9 @@ def plan(
         "activations_per_picture": activations,
         "memory": whole,
         "cache": cache_plan(
-            training, backbone, size=size, conds=config.conditions, flip=config.flip, trigger=config.trigger
-        ),
+            training, backbone, size=size, conds=config.conditions, flip=config.flip,
+            prompt=PromptRule(config.trigger, config.caption),
+        ),  # fmt: skip
     }
 
 

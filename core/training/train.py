@@ -22,6 +22,7 @@ from ..backbones.upsampling import fold_upsampling
 from ..checkpoint import load_tuner, save_tuner
 from ..config import TrainConfig
 from ..data.prepared import PreparedSet, prepare
+from ..data.prompts import PromptRule
 from ..data.records import Record, Source
 from ..devices import choose_precision, torch_dtype
 from ..errors import Interrupted, SctoolError, UsageError
@@ -113,8 +114,8 @@ def train(
 
     def prepared(records: list[Record], flip: bool) -> PreparedSet:
         return prepare(
-            records, backbone, size=size, conds=config.conditions, flip=flip, device=device, trigger=config.trigger,
-            progress=progress.note,
+            records, backbone, size=size, conds=config.conditions, flip=flip, device=device,
+            prompt=PromptRule(config.trigger, config.caption), progress=progress.note,
         )  # fmt: skip
 
     with accelerator.main_process_first():
@@ -155,7 +156,7 @@ def train(
     def losses(net: torch.nn.Module, batch: Mapping[str, Any], d: Draw, snr_gamma: float | None) -> torch.Tensor:
         with torch.autocast(device.type, torch_dtype(precision), enabled=autocast and precision != "fp32"):
             return sample_losses(
-                net, batch, d, data.empty_text, scheduler, device=device, dtype=dtype, snr_gamma=snr_gamma,
+                net, batch, d, data.null_rows, scheduler, device=device, dtype=dtype, snr_gamma=snr_gamma,
                 time_ids=backbone.time_ids(len(d.t), size),
             )  # fmt: skip
 

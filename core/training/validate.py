@@ -51,7 +51,7 @@ class Validator:
         items = [val[i] for i in range(count)] if val is not None else []
         self.texts = {item["caption"]: item["text"] for item in items}
         if val is not None:
-            self.texts[""] = val.empty_text
+            self.texts[""] = val.null_rows
         self.requests = [
             Request(
                 item["caption"],
