@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,7 +11,8 @@ import torch
 from sctool.core.data import cache as cache_module
 from sctool.core.data import prepared as prepared_module
 from sctool.core.data.images import Geometry, decode_rgb
-from sctool.core.data.prepared import plan, prepare
+from sctool.core.data.prepared import cache_plan, prepare
+from sctool.core.data.prompts import PromptRule
 from sctool.core.data.sources import open_source
 
 
@@ -21,8 +21,8 @@ class Encoders:
 
     vae_scale, latent_channels = 4, 3
 
-    def __init__(self, vae_hash="v", text_hash="t", die_after=None):
-        self.vae_hash, self.text_hash, self.die_after = vae_hash, text_hash, die_after
+    def __init__(self, latents_id=("v", "torch.float32"), conditioning_id=("t", "torch.float32"), die_after=None):
+        self.latents_id, self.conditioning_id, self.die_after = latents_id, conditioning_id, die_after
         self.pictures, self.captions = 0, []
 
     def encode_images(self, pixels):
@@ -34,10 +34,13 @@ class Encoders:
         mean = torch.nn.functional.avg_pool2d(pixels, 4)
         return mean, mean.abs()
 
-    def encode_text(self, captions):
+    def encode_prompts(self, captions):
         self.captions += captions
         rows = torch.tensor([[len(c), c.count("a")] for c in captions], dtype=torch.float32)
         return {"prompt_embeds": rows[:, :, None].repeat(1, 1, 4), "pooled": rows}
+
+    def too_long(self, prompt):
+        return len(prompt) > 24
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def ready(folder, encoders=None, **options):
 
 
 def test_items_are_what_the_encoders_gave(folder):
-    data, encoders = ready(folder, conds=("canny", "mask"), flip=True, trigger="<sce>")
+    data, encoders = ready(folder, conds=("canny", "mask"), flip=True, prompt=PromptRule("<sce>"))
     assert len(data) == 24
     assert encoders.pictures == 24
     assert sorted(encoders.captions) == ["", *(f"<sce> a photo of number {i}" for i in range(3))]
@@ -86,7 +89,7 @@ def test_items_are_what_the_encoders_gave(folder):
         assert hole.any()
         assert torch.equal(item["hints"]["mask"][:, ~hole], pixels[:, ~hole])
     assert torch.equal(data[17]["hints"]["canny"], data[5]["hints"]["canny"].flip(-1))
-    assert data.empty_text["pooled"].tolist() == [0, 0]
+    assert data.null_rows["pooled"].tolist() == [0, 0]
     assert data.bytes_on_disk == sum(path.stat().st_size for path in (folder.parent / "cache").rglob("*.safetensors"))
 
 
@@ -111,14 +114,14 @@ def test_a_changed_picture_recomputes_itself_only(folder):
     assert torch.allclose(changed["mean"], torch.full((3, 4, 4), 200 / 127.5 - 1))
 
 
-@pytest.mark.parametrize("change", [{"size": 20}, {"flip": True}, {"encoders": Encoders(vae_hash="other")}])
+@pytest.mark.parametrize("change", [{"size": 20}, {"flip": True}, {"encoders": Encoders(("other", "torch.float32"))}])
 def test_key_holds_geometry_flip_and_weights(folder, change):
     ready(folder)
     encoders = copy.copy(change.get("encoders")) or Encoders()
     ready(folder, encoders, **{k: v for k, v in change.items() if k != "encoders"})
     assert encoders.pictures == 12
     assert not encoders.captions
-    other = Encoders(text_hash="other")
+    other = Encoders(conditioning_id=("other", "torch.float32"))
     ready(folder, other)
     assert other.pictures == 0
     assert len(other.captions) == 4
@@ -126,8 +129,7 @@ def test_key_holds_geometry_flip_and_weights(folder, change):
 
 def test_key_holds_the_precision(folder):
     ready(folder)
-    encoders = Encoders()
-    encoders.vae = SimpleNamespace(dtype=torch.float16)
+    encoders = Encoders(("v", "torch.float16"))
     ready(folder, encoders)
     assert encoders.pictures == 12
 
@@ -165,13 +167,13 @@ def test_bad_records_are_left_out_listed_and_never_cached(folder):
     data, _ = ready(folder, conds=("canny",), flip=True, progress=lines.append)
     assert len(data) == 16
     assert {(f.where, f.reason.split(";")[0]) for f in data.faults} == {
-        ("03.png", "is no picture, whatever its name says"),
+        ("03.png", "is not an image, whatever its name says"),
         ("04.png", "is 1x1 pixels, smaller than 8 on a side"),
         ("05.png", "has no canny map"),
-        ("06.png", "its canny map canny/06.png is no picture, whatever its name says"),
+        ("06.png", "its canny map canny/06.png is not an image, whatever its name says"),
     }
     assert [record.key for record in data.records] == ["00", "01", "02", "07", "08", "09", "10", "11"]
-    assert lines[-1].startswith("4 pictures left out")
+    assert lines[-1].startswith("4 images left out")
     again, encoders = ready(folder, conds=("canny",), flip=True)
     assert (len(again), len(again.faults), encoders.pictures) == (16, 4, 0)
     (folder / "03.png").write_bytes((folder / "00.png").read_bytes())
@@ -179,18 +181,18 @@ def test_bad_records_are_left_out_listed_and_never_cached(folder):
 
 
 def test_plan_tells_what_is_missing(folder):
-    before = plan(open_source(folder), Encoders(), size=16, cache=folder.parent / "cache")
+    before = cache_plan(open_source(folder), Encoders(), size=16, cache=folder.parent / "cache")
     assert (before["pictures_to_encode"], before["captions_to_encode"]) == (12, 4)
     assert before["bytes_to_add"] == before["bytes"] == 12 * (2 * 3 * 16 * 4 + 8) + 4 * (8 + 2) * 4
     assert not (folder.parent / "cache").exists()
     ready(folder)
-    after = plan(open_source(folder), Encoders(), size=16, cache=folder.parent / "cache")
+    after = cache_plan(open_source(folder), Encoders(), size=16, cache=folder.parent / "cache")
     assert (after["pictures_to_encode"], after["captions_to_encode"], after["bytes_to_add"]) == (0, 0, 0)
 
 
 def test_missing_captions_and_one_map_for_whichever_condition(folder):
     (folder / "00.txt").unlink()
-    data, _ = ready(folder, trigger="<sce>")
+    data, _ = ready(folder, prompt=PromptRule("<sce>"))
     assert data[0]["caption"] == "<sce>"
     records = open_source(folder).records
     nameless = [type(r)(r.key, r.image, r.text, {"conditioning_image": r.maps["canny"]}) for r in records]
