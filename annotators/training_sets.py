@@ -48,7 +48,7 @@ def _check(source: Source, config: TrainConfig, size: int, strict: bool, progres
         progress.note(f"{source.name}: {prompts}")
     if faults:
         rest = f", the first {FAULTS_SHOWN} of them above" if len(faults) > FAULTS_SHOWN else ""
-        message = f"{len(faults)} faults in {source.name}{rest}"
+        message = f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in {source.name}{rest}"
         if strict:
             raise SctoolError(f"{message}. Fix them, or leave --strict out to train on the rest.")
         progress.note(f"{message}; continuing with the rest. --strict decodes every image and stops at faults.")

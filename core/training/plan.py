@@ -76,9 +76,13 @@ def plan(
         "activations_per_picture": activations,
         "memory": whole,
         "cache": cache_plan(
-            training, backbone, size=size, conds=config.conditions, flip=config.flip,
+            training,
+            backbone,
+            size=size,
+            conds=config.conditions,
+            flip=config.flip,
             prompt=PromptRule(config.trigger, config.caption),
-        ),  # fmt: skip
+        ),
     }
 
 

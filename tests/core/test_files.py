@@ -43,7 +43,9 @@ def test_processes_with_other_hash_seeds_write_equal_bytes(tmp_path):
     )
     files = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
     for seed, file in enumerate(files, start=1):
-        subprocess.run([sys.executable, "-c", script, str(file)], env={**os.environ, "PYTHONHASHSEED": str(seed)}, check=True)
+        subprocess.run(
+            [sys.executable, "-c", script, str(file)], env={**os.environ, "PYTHONHASHSEED": str(seed)}, check=True
+        )
     assert sha256(files[0]) == sha256(files[1])
 
 
@@ -51,12 +53,16 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
     file = tmp_path / "a.json"
     write_json(file, {"ü": 1})
     assert file.read_text() == '{\n  "ü": 1\n}\n'
-    with pytest.raises(RuntimeError), replacing(file) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    with pytest.raises(RuntimeError), replacing_folder(tmp_path / "folder") as folder:
-        (folder / "half").write_text("half")
-        raise RuntimeError
+
+    def fail(manager, write):
+        with manager as temporary:
+            write(temporary)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail(replacing(file), lambda path: path.write_text("half"))
+    with pytest.raises(RuntimeError):
+        fail(replacing_folder(tmp_path / "folder"), lambda folder: (folder / "half").write_text("half"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert json.loads(file.read_text()) == {"ü": 1}
     with pytest.raises(SctoolError, match=r"cannot write .*a\.json/b.*choose another folder"), replacing(file / "b"):
