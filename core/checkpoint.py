@@ -1,6 +1,6 @@
-"""Tuner files: safetensors whose metadata say what the tuner is and which base it belongs to.
+"""Tuner files: safetensors whose metadata describe the tuner and the base that it was trained on.
 
-`tuner.json` beside it repeats them for people. Nothing is pickled. Reading the description imports no torch.
+`tuner.json` beside it repeats the description. Nothing is pickled. Reading the description imports no torch.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ FORMAT = 1
 
 
 def tuner_file(path: str | Path) -> Path:
-    """The tuner file that `path` means: the file itself, a tuner folder's, a run folder's, or a tuner shipped by name.
+    """The tuner file at `path`: a tuner file, a tuner folder, a run folder, or the name of an embedded tuner.
 
-    Raises `UsageError` where there is none.
+    Raises `UsageError` when there is none.
     """
     path = EMBEDDED_TUNERS.get(str(path), Path(path).expanduser())
     for candidate in (path, path / NAME, path / "tuner" / NAME):
         if candidate.is_file():
             return candidate
-    reason = f"holds no {NAME} or tuner/{NAME}" if path.is_dir() else "does not exist"
+    reason = f"contains no {NAME} or tuner/{NAME}" if path.is_dir() else "does not exist"
     raise UsageError(f"tuner '{path}' {reason}. Give a run folder, a tuner folder or a tuner file.")
 
 
@@ -48,27 +48,26 @@ def _header(path: Path) -> dict[str, Any]:
                 raise ValueError("its header is broken")
             return json.loads(file.read(length))
     except (OSError, ValueError) as error:
-        raise SctoolError(f"tuner '{path}' is no safetensors file, or is damaged: {error}.") from error
+        raise SctoolError(f"tuner '{path}' is not a safetensors file, or is damaged: {error}.") from error
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
-    """What a tuner file says of itself: method, config, conditions, skips, base, maps, licence. Imports no torch."""
+    """The description in a tuner file: method, config, conditions, skips, base, maps, licence. Imports no torch."""
     path = tuner_file(path)
     try:
         return json.loads(_header(path)["__metadata__"]["sctool"])
     except KeyError as error:
-        raise SctoolError(f"'{path}' was not written by sctool: it does not say which method it holds.") from error
+        raise SctoolError(f"'{path}' was not written by sctool: its metadata do not name a method.") from error
 
 
-def describe(tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """The metadata of `tuner`, trained on `backbone`: what it is, and what building it again needs.
+def describe(tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The metadata of `tuner`, trained on `backbone`: what it is, and what is needed to build it again.
 
-    `maps` says how each condition's map was made; `more` is kept as it is.
+    maps: how each condition's map was made.
     """
     from importlib.metadata import version
 
     return {
-        **more,
         "format": FORMAT,
         "sctool": version("sctool"),
         "method": tuner.method,
@@ -88,15 +87,16 @@ def save_tuner(
 ) -> Path:
     """Writes the tuner's float32 weights and its description (see `describe`); returns the file. Atomic.
 
-    `path` is a folder, or a file ending in .safetensors. Raises `SctoolError` when it cannot be written.
+    path: a folder, or a file ending in .safetensors. The file's bytes depend on weights and description only; `more`,
+    e.g. the run's name, goes to tuner.json. Raises `SctoolError` when it cannot be written.
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / NAME
-    meta = describe(tuner, backbone, maps, **more)
+    meta = describe(tuner, backbone, maps)
     tensors = {name: value.detach().cpu() for name, value in sorted(tuner.state_dict().items())}
     with replacing(file) as temporary:
         save_tensors(tensors, temporary, {"format": "pt", "sctool": json.dumps(meta, sort_keys=True)})
-    write_json(file.with_suffix(".json"), meta)
+    write_json(file.with_suffix(".json"), {**more, **meta})
     return file
 
 
@@ -114,7 +114,7 @@ def load_tuner(path: str | Path, target: Backbone | nn.Module, force: bool = Fal
     config = method_config(meta["method"], meta["config"])
     try:
         tuner = tuner_class(meta["method"]).build(config, denoiser, tuple(meta["conditions"]), meta["vae_scale"])
-    except UsageError as error:  # e.g. it edits a skip that this denoiser does not have
+    except UsageError as error:  # e.g. it edits a skip that this denoiser lacks
         raise SctoolError(f"tuner '{file}' does not fit {_named(target)}: {error}") from error
     _check_shapes(file, meta, tuner, target)
     try:
@@ -125,7 +125,7 @@ def load_tuner(path: str | Path, target: Backbone | nn.Module, force: bool = Fal
 
 
 def _named(target: Any) -> str:
-    """The target in words."""
+    """The target, for messages."""
     return f"base '{target.id}' ({target.hash[:12]})" if hasattr(target, "hash") else f"this {type(target).__name__}"
 
 
@@ -135,7 +135,7 @@ def _check_base(file: Path, meta: Mapping[str, Any], target: Any) -> None:
         return
     raise SctoolError(
         f"tuner '{file}' was trained on base '{base.get('id')}' ({base['hash'][:12]}), not on {_named(target)}. "
-        f"Use --base {base.get('id')}; `sctool sample --force` loads it all the same."
+        f"Use --base {base.get('id')}; `sctool sample --force` loads it anyway."
     )
 
 
@@ -149,5 +149,5 @@ def _check_shapes(file: Path, meta: Mapping[str, Any], tuner: Tuner, target: Any
     raise SctoolError(
         f"tuner '{file}', made for base '{base}', does not fit {_named(target)}: {name} is "
         f"{stored.get(name, 'absent')} in the file and {wanted.get(name, 'absent')} here. "
-        "--force cannot help; use the base that it was trained on."
+        "--force does not help; use the base that it was trained on."
     )

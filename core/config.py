@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .data.conditions import parse_conditions
+from .data.prompts import check_template
 from .errors import UsageError, unknown
 
 PRESETS = Path(__file__).parent / "presets"
@@ -88,6 +89,9 @@ class TrainConfig(Config):
     size: int | None = Field(None, ge=8, description="training size in pixels; the base's own when not given")
     flip: bool = Field(False, description="also train on mirror images (both are cached)")
     trigger: str = Field("", description="word put before every caption, e.g. <sce> for few-shot sets")
+    caption: str = Field(
+        "a photo of a {label}", description="template of the caption for images that have a class label but no caption"
+    )
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     batch: int = Field(8, ge=1, description="pictures a step and accumulation, over all processes")
@@ -120,6 +124,11 @@ class TrainConfig(Config):
     @classmethod
     def _one_condition_each(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(str, parse_conditions(value)))
+
+    @field_validator("caption")
+    @classmethod
+    def _label_alone(cls, value: str) -> str:
+        return check_template(value)
 
     @property
     def conditions(self) -> tuple[str, ...]:

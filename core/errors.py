@@ -1,4 +1,4 @@
-"""Errors that a user can act on: each says what was wrong, where, and the remedy, in one or two lines."""
+"""Errors for users: each says what was wrong, where, and the remedy, in one or two lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class SctoolError(Exception):
-    """The work failed for a reason that the user can mend; the command ends with `exit_code`, without a traceback."""
+    """A failure that the user can fix; the command exits with `exit_code`, without a traceback."""
 
     exit_code = 1
 
@@ -19,7 +19,7 @@ class UsageError(SctoolError):
 
 
 class Interrupted(SctoolError):
-    """SIGINT (130) or SIGTERM (143) ended the work after saving; the message says how to go on."""
+    """SIGINT (exit code 130) or SIGTERM (143) ended the work after saving; the message says how to continue."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -27,10 +27,10 @@ class Interrupted(SctoolError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UsageError:
-    """A `UsageError` for a misspelt name: says what is known, which known name is nearest, and a `remedy`."""
+    """A `UsageError` for an unknown name: lists the known names, suggests the nearest, and adds `remedy`."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    # Of equally near names the one that differs in its last letter alone: sd16 means sd15, not sd21.
+    # Of equally near names, prefer one that differs only in its last letter: for sd16 suggest sd15, not sd21.
     best = max(near, key=lambda k: (_likeness(name, k), k[:-1] == name[:-1]), default=None)
     hint = f" Did you mean '{best}'?" if best else ""
     return UsageError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}.{remedy}")

@@ -1,4 +1,4 @@
-"""Writing that is never half done: everything goes to a sibling file first and is renamed when complete."""
+"""Atomic writing: every file is written under a temporary name beside its own and renamed when complete."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def replacing(path: str | Path, flush: bool = True) -> Iterator[Path]:
     """Yields a temporary sibling of `path`; renames it onto `path` on success, removes it on failure.
 
-    Without `flush` the disk is not waited for, which for many small files takes longer than making them; what a power
-    failure may then lose must be found again by other means.
+    Without `flush` there is no fsync, which for many small files takes longer than computing them; a power failure may
+    then lose the file or leave it empty.
     Raises `SctoolError` when the disk is full or the folder cannot be written; `path` is then unchanged.
     """
     path = Path(path)
@@ -39,36 +39,39 @@ def replacing(path: str | Path, flush: bool = True) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):
-            temporary.unlink()  # also: renaming onto a link to the same file leaves both
+            temporary.unlink()  # renaming onto a hard link of the same file leaves both names
 
 
 def _unwritable(path: Path, error: OSError) -> SctoolError:
     place = error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS)
-    remedy = "choose another place" if place else "free some space or choose another folder"
+    remedy = "choose another folder" if place else "free some space or choose another folder"
     return SctoolError(
-        f"cannot write {path}: {error.strerror or error}. Nothing was half-written; {remedy}, then run the same "
+        f"cannot write {path}: {error.strerror or error}. No partial file was left; {remedy}, then run the same "
         "command again."
     )
 
 
 def write_bytes(path: str | Path, data: bytes, flush: bool = True) -> None:
-    """Writes `data` to `path` as a whole or not at all; see `replacing`."""
+    """Writes `data` to `path` atomically; see `replacing`."""
     with replacing(path, flush) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 `text` to `path` as a whole or not at all."""
+    """Writes `text` to `path` as UTF-8, atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as indented JSON to `path` as a whole or not at all."""
+    """Writes `value` to `path` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """safetensors' `save_file`, with its own error for a full disk as the `OSError` that is explained here."""
+    """Writes a safetensors file; equal tensors and metadata give equal bytes. Not atomic: see `replacing`.
+
+    Raises `OSError` when it cannot be written; safetensors raises an error of its own for a full disk.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -76,11 +79,29 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    if metadata and len(metadata) > 1:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in a safetensors header, in place; safetensors writes them in random order.
+
+    The header is its length (8 bytes, little-endian), then JSON padded with spaces to a multiple of 8 bytes.
+    """
+    with open(path, "rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise OSError(f"the header of {path.name} has {length} bytes, sorted {len(text)}")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary sibling folder of `path`; on success it replaces `path` as a whole."""
+    """Yields a temporary sibling folder of `path`; on success it replaces `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)

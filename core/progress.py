@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with loss, it/s, ETA and peak memory on a terminal, plain lines elsewhere."""
+"""Progress on stderr: a bar with loss, it/s, ETA and peak memory on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-EVERY_SECONDS = 15.0  # between plain lines, where stderr is a file
+EVERY_SECONDS = 15.0  # between plain lines when stderr is not a terminal
 
 
 class Progress:
-    """Tells the user what is going on; silent when `quiet`."""
+    """Messages and progress bars; silent when `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -22,7 +22,7 @@ class Progress:
         self._bar: Bar | None = None
 
     def note(self, message: str) -> None:
-        """One line."""
+        """Prints one line."""
         (self._bar.console if self._bar else self.console).print(message, style="dim", markup=False, soft_wrap=True)
 
     @contextmanager
@@ -56,7 +56,7 @@ class Progress:
 
     @contextmanager
     def counting(self, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """A bar over `total` things; yields advance(count)."""
+        """A bar over `total` units; yields advance(count). Nothing is shown when stderr is not a terminal."""
         if not self.console.is_terminal:
             yield lambda count: None
             return

@@ -1,6 +1,6 @@
-"""The run folder: where a training keeps its config, metrics, samples, tuner and resume states. Imports no torch.
+"""Run folders: the config, metrics, samples, tuner and resume states of a training run. Imports no torch.
 
-runs/<name>/config.yaml env.json metrics.jsonl tb/ samples/ tuner/ state/step-N/      runs/latest names the last one
+runs/<name>/config.yaml env.json metrics.jsonl tb/ samples/ tuner/ state/step-N/      runs/latest names the latest run
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PACKAGES = (
     "numpy",
     "opencv-python-headless",
 )
-# What may change between two starts of one run: it decides when to stop and look, not what is learnt.
+# Settings that may differ when a run is resumed: they decide when to stop and measure, not what is learned.
 FREE_KEYS = {"steps", "save_every", "keep", "validate_every", "sample_every"}
 
 
@@ -53,44 +53,44 @@ class Run:
 
     @property
     def tuner(self) -> Path:
-        """The trained tuner's file."""
+        """The file of the trained tuner."""
         return self.path / "tuner" / "tuner.safetensors"
 
     @property
     def samples(self) -> Path:
-        """Folder of previews and held-out samples."""
+        """The folder of previews and held-out samples."""
         return self.path / "samples"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: step, loss, lr, validation, adherence."""
+        """The file of metrics, one JSON object per line: step, loss, lr, validation, adherence."""
         return self.path / "metrics.jsonl"
 
     def states(self) -> list[Path]:
         """Complete resume states, oldest first."""
-        found = [p for p in (self.path / "state").glob("step-*") if (p / "state.json").is_file()]
-        return sorted(found, key=lambda p: int(p.name[5:]))
+        complete = [p for p in (self.path / "state").glob("step-*") if (p / "state.json").is_file()]
+        return sorted(complete, key=lambda p: int(p.name[5:]))
 
     def become_latest(self) -> None:
-        """Makes this the run that is meant where none is named."""
+        """Makes this the run that commands use when none is named."""
         write_text(self.path.parent / "latest", self.name + "\n")
 
     def log(self, row: dict[str, Any]) -> None:
-        """Appends one row to metrics.jsonl."""
+        """Appends a row to metrics.jsonl."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drops metrics of steps after `step`, which a resumed run will make again."""
+        """Removes metrics of steps after `step`, which a resumed run computes again."""
         if not self.metrics.is_file():
             return
-        rows = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in rows if json.loads(line).get("step", 0) <= step]
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
+        lines = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+        lines = [line for line in lines if json.loads(line).get("step", 0) <= step]
+        write_text(self.metrics, "".join(line + "\n" for line in lines))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process. Raises `SctoolError` when another process trains it."""
+        """Locks the run for this process. Raises `SctoolError` when another process is training it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "w") as file:
             try:
@@ -103,7 +103,7 @@ class Run:
 
 
 def default_name(config: TrainConfig) -> str:
-    """A name that the same command gives again: method, conditions, base, data and a hash of the rest."""
+    """A name that is the same for the same settings: method, conditions, base, data and a hash of all settings."""
     values = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE_KEYS}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
     words = [config.method, *config.conditions, Path(config.base).name, Path(config.data).resolve().name]
@@ -111,17 +111,17 @@ def default_name(config: TrainConfig) -> str:
 
 
 def open_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:
-    """The run folder for `config`, made if new.
+    """The run folder for `config`, created if it does not exist.
 
-    Raises `UsageError` when a run of that name holds another configuration, naming the keys that differ.
+    Raises `UsageError` when a run of that name has other settings, naming the keys that differ.
     """
     run = Run(Path(out) / (name or default_name(config)))
     if (run.path / "config.yaml").is_file():
         old, new = run.config.model_dump(mode="json"), config.model_dump(mode="json")
-        changed = [f"{k} ({old[k]} there, {new[k]} now)" for k in new if old[k] != new[k] and k not in FREE_KEYS]
+        changed = [f"{k} ({old[k]} before, {new[k]} now)" for k in new if old[k] != new[k] and k not in FREE_KEYS]
         if changed:
             raise UsageError(
-                f"run '{run.name}' was made with other settings: {', '.join(changed)}. Choose another --name."
+                f"run '{run.name}' exists with other settings: {', '.join(changed)}. Choose another --name."
             )
     run.path.mkdir(parents=True, exist_ok=True)
     write_text(run.path / "config.yaml", to_yaml(config))
@@ -131,17 +131,18 @@ def open_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:
 
 def environment() -> dict[str, Any]:
     """Versions and the command line, as saved in env.json."""
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return {"python": platform.python_version(), "platform": platform.platform(), "packages": found, "argv": sys.argv}
+            versions[package] = "not installed"
+    system = {"python": platform.python_version(), "platform": platform.platform()}
+    return {**system, "packages": versions, "argv": sys.argv}
 
 
 def latest(out: str | Path = "runs") -> Run:
-    """The run that was trained last. Raises `UsageError` where there is none."""
+    """The run that was trained last. Raises `UsageError` when there is none."""
     pointer = Path(out) / "latest"
     if not pointer.is_file():
         raise UsageError(f"no run in {out}/ yet. Train one first: sctool train --method scedit")
@@ -149,7 +150,7 @@ def latest(out: str | Path = "runs") -> Run:
 
 
 def find_run(target: str | Path | None, out: str | Path = "runs") -> Run:
-    """A run by folder or by name under `out`; the latest one for None. Raises `UsageError` where there is none."""
+    """The run with that folder, or that name under `out`; for None the latest. Raises `UsageError` if there is none."""
     if target is None:
         return latest(out)
     for path in (Path(target), Path(out) / str(target)):
@@ -157,4 +158,4 @@ def find_run(target: str | Path | None, out: str | Path = "runs") -> Run:
             return Run(path)
     known = sorted(p.parent.name for p in Path(out).glob("*/config.yaml"))
     listed = f" Known: {', '.join(known)}." if known else ""
-    raise UsageError(f"'{target}' is no run folder (no config.yaml in it).{listed}")
+    raise UsageError(f"'{target}' is not a run folder (it has no config.yaml).{listed}")

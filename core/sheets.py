@@ -1,4 +1,4 @@
-"""Contact sheets: rows of pictures under headings, as one PNG."""
+"""Contact sheets: rows of images under headings, as one PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINE = 16
 
 
 def upscale(size: int, least: int = 128) -> int:
-    """The whole factor that brings a small picture to at least `least` pixels, for the eye."""
+    """The integer factor that enlarges an image of `size` pixels to at least `least`, for display."""
     return max(1, -(-least // size))
 
 
@@ -25,9 +25,9 @@ def sheet(
     captions: Sequence[str] = (),
     title: str = "",
 ) -> Image.Image:
-    """A grid: one row a sample, one column a kind (hint, base, tuned), a caption line under each row.
+    """A grid: one row per sample, one column per kind (hint, base, tuned), a caption under each row.
 
-    `rows` holds uint8 (H, W, 3) arrays of one size; small pictures are enlarged by a whole factor.
+    `rows` contains uint8 (H, W, 3) arrays of one size; small images are enlarged by an integer factor.
     """
     height, width = rows[0][0].shape[:2]
     factor = upscale(min(height, width))
@@ -48,15 +48,15 @@ def sheet(
     for r, row in enumerate(rows):
         y = top + r * (cell_h + below + MARGIN)
         for column, cell in enumerate(row):
-            picture = Image.fromarray(cell).resize((cell_w, cell_h), Image.Resampling.NEAREST)
-            canvas.paste(picture, (MARGIN + column * (cell_w + MARGIN), y))
+            image = Image.fromarray(cell).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            canvas.paste(image, (MARGIN + column * (cell_w + MARGIN), y))
         if captions:
             draw.text((MARGIN, y + cell_h + 1), captions[r], fill="#444444", font=font)
     return canvas
 
 
 def save_png(image: Image.Image, path: str | Path, text: dict[str, str] | None = None) -> None:
-    """Writes a PNG as a whole or not at all, with `text` as its metadata."""
+    """Writes a PNG atomically, with `text` as its metadata."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

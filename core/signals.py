@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM become a wish to stop, asked for between steps, so that work is saved first."""
+"""SIGINT and SIGTERM set a flag that is read between steps, so that work is saved before stopping."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 
 
 class Stop:
-    """Context manager; `stop.signal` is the number of the signal that came, or 0. A second one ends at once."""
+    """Context manager; `stop.signal` is the number of the signal received, or 0. A second signal stops at once."""
 
     def __enter__(self) -> Stop:
         self.signal = 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..annotators.training_sets import open_training_sets
 from ..core.config import SampleConfig, TrainConfig
+from ..core.data.prompts import PromptRule
 from ..core.data.records import Record, Source
 from ..core.devices import best_device
 from ..core.errors import SctoolError, UsageError
@@ -87,7 +88,7 @@ def sample_heldout(
                     maps[name] = fitted
         except (BadImage, KeyError):
             continue
-        caption = " ".join(filter(None, (config.trigger, record.text or "")))
+        caption = PromptRule(config.trigger, config.caption)(record)
         requests.append(Request(caption, seed + len(requests), hints, reference, record.key, record.label, maps))
     if not requests:
         raise SctoolError(f"{run.path}: its data hold nothing out to sample; give --val-data when training.")

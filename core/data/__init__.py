@@ -1,1 +1,1 @@
-"""Sets of pictures: where records come from, how they are checked, decoded, cached and served."""
+"""Data sets: listing records, checking, decoding, caching and serving them."""

@@ -1,4 +1,4 @@
-"""Tensors kept on disk under the content that they were made from: written in chunks, found again row by row."""
+"""Tensors on disk, keyed by the content that they were computed from: written in chunks, read row by row."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .images import BadImage
 from .records import Blob
 
 CHUNK = 256
-"""Rows of a file. A killed run loses one chunk of work at most."""
+"""Maximum number of rows in a file. A killed run loses at most one chunk of work."""
 
 FORMAT = "sctool-rows-1"
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """The folder given, else $SCTOOL_CACHE, else ~/.cache/sctool."""
+    """`cache` if given, else $SCTOOL_CACHE, else ~/.cache/sctool."""
     return Path(cache or os.environ.get("SCTOOL_CACHE") or Path.home() / ".cache" / "sctool").expanduser()
 
 
@@ -32,11 +32,11 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()
 
 
-class Rows:
+class TensorCache:
     """Rows of named tensors by key, in safetensors files of up to `CHUNK` rows whose metadata lists the keys.
 
-    A file is named by its keys and renamed into place when complete, so several processes may write the same rows. A
-    file that is cut off, or whose rows do not agree with its keys, counts as absent and is written again.
+    A file is named after its keys and renamed into place when complete, so several processes may write the same rows.
+    A file that is cut off, or whose rows do not match its keys, counts as absent and is written again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class Rows:
         self.refresh()
 
     def refresh(self) -> None:
-        """Looks through the folder again."""
+        """Lists the folder again."""
         for path in sorted(self.folder.glob("*.safetensors")):
             for row, key in enumerate(_keys(path)):
                 self.places.setdefault(key, (path, row))
@@ -56,7 +56,7 @@ class Rows:
         return [key for key in dict.fromkeys(keys) if key not in self.places]
 
     def write(self, keys: Sequence[str], tensors: dict[str, torch.Tensor]) -> None:
-        """Keeps tensors whose first dimension goes over `keys`. Raises `SctoolError` when the disk is full."""
+        """Stores tensors whose first dimension is over `keys`. Raises `SctoolError` when the disk is full."""
         path = self.folder / f"{content_key(*keys)[:40]}.safetensors"
         metadata = {"format": FORMAT, "keys": json.dumps(list(keys))}
         with replacing(path) as temporary:
@@ -65,7 +65,7 @@ class Rows:
         self.places.update({key: (path, row) for row, key in enumerate(keys)})
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """The row of a key: views of a file mapped into memory."""
+        """The row of a key: views of a memory-mapped file."""
         path, row = self.places[key]
         chunk = self._open.get(path)
         if chunk is None:
@@ -77,11 +77,11 @@ class Rows:
         return sum(path.stat().st_size for path in {self.places[key][0] for key in keys if key in self.places})
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}  # a worker maps the files itself
+        return {**self.__dict__, "_open": {}}  # a worker process maps the files itself
 
 
 def _keys(path: Path) -> list[str]:
-    """The keys of a file's rows; none when it is damaged or of another kind."""
+    """The keys of a file's rows; none when it is damaged or not a cache file."""
     try:
         with safe_open(path, framework="pt") as file:  # checks the header against the file's length
             metadata = file.metadata() or {}
@@ -94,12 +94,12 @@ def _keys(path: Path) -> list[str]:
 
 
 class Memo:
-    """What was learnt of files that have not changed since (path, size, time): digests, and whether maps decode."""
+    """Facts about files that have not changed since (path, size, time): digests, and whether maps decode."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known = _read_json(path)
-        self.learnt: dict[str, str] = {}
+        self.new: dict[str, str] = {}
 
     def digest(self, blob: Blob) -> str:
         """SHA-256 of the blob's bytes. Raises `BadImage` when they cannot be read."""
@@ -112,22 +112,22 @@ class Memo:
 
         return self.recall("digest", blob, read)
 
-    def recall(self, what: str, blob: Blob, find: Callable[[], str]) -> str:
-        """The text that `find()` gave for this blob, asked again only when the blob may have changed."""
+    def recall(self, what: str, blob: Blob, compute: Callable[[], str]) -> str:
+        """What `compute()` returned for this blob; called again only when the blob may have changed."""
         stamp = blob.stamp()
         if stamp is None:
-            return find()
+            return compute()
         key = content_key(what, stamp)[:32]
-        value = self.known.get(key) or self.learnt.get(key)
+        value = self.known.get(key) or self.new.get(key)
         if value is None:
-            value = self.learnt[key] = find()
+            value = self.new[key] = compute()
         return value
 
     def save(self) -> None:
-        """Adds what was learnt to the file; another process's additions are kept."""
-        if self.learnt:
-            self.known = {**_read_json(self.path), **self.known, **self.learnt}
-            self.learnt = {}
+        """Adds the new facts to the file, without losing those of other processes."""
+        if self.new:
+            self.known = {**_read_json(self.path), **self.known, **self.new}
+            self.new = {}
             write_text(self.path, json.dumps(self.known))
 
 

@@ -1,4 +1,4 @@
-"""Bytes to pixels, and the one geometry that image and map go through together."""
+"""Decoding, and the resize and crop that an image and its maps share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from PIL import Image, UnidentifiedImageError
 from .records import Blob
 
 MAX_PIXELS = 178_956_970
-"""Pictures with more pixels than this in their header are refused undecoded (twice Pillow's warning limit)."""
+"""Images whose header gives more pixels than this are refused without decoding (twice Pillow's warning limit)."""
 
 MIN_SIDE = 8
-"""Shorter side in pixels below which a picture holds nothing to learn from."""
+"""Images whose shorter side has fewer pixels than this are refused."""
 
 
 class BadImage(Exception):
-    """These bytes cannot become pixels: `reason` says why, the message also where, if that is known."""
+    """These bytes cannot be decoded: `reason` says why; the message also names the file, if known."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{name} {reason}" if name else reason)
@@ -31,20 +31,20 @@ class BadImage(Exception):
 
 
 def decode_rgb(source: Blob | bytes, name: str = "") -> np.ndarray:
-    """A picture as uint8 RGB (H,W,3), turned upright by its EXIF orientation.
+    """An image as uint8 RGB (H,W,3), turned upright by its EXIF orientation.
 
-    8-bit RGB and greyscale JPEG and PNG go through OpenCV, which gives the same pixels as Pillow in less time; CMYK,
-    16-bit (scaled to 8), palette and transparency (composited on white) go through Pillow.
-    Raises `BadImage` for what is no picture, cut off, or has more than `MAX_PIXELS` pixels.
+    OpenCV decodes 8-bit RGB and greyscale JPEG and PNG: the same pixels as Pillow's in less time. Pillow decodes CMYK,
+    16-bit (scaled to 8), palettes and transparency (composited on white).
+    Raises `BadImage` for bytes that are not an image, are cut off, or have more than `MAX_PIXELS` pixels.
     """
     with _named(source, name):
         data = _read(source)
-        picture = _open(data)
-        if _plain(picture, data):
+        image = _open(data)
+        if _plain(image, data):
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
             if pixels is not None:
                 return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-        pixels = _pixels(picture)
+        pixels = _pixels(image)
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
 
 
@@ -55,24 +55,24 @@ def decode_map(source: Blob | bytes, name: str = "") -> np.ndarray:
     """
     with _named(source, name):
         data = _read(source)
-        picture = _open(data)
-        if picture.mode in ("1", "L") and _plain(picture, data):
+        image = _open(data)
+        if image.mode in ("1", "L") and _plain(image, data):
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
             if pixels is not None:
                 return pixels
-        return _pixels(picture)
+        return _pixels(image)
 
 
 def picture_size(source: Blob | bytes, name: str = "") -> tuple[int, int]:
     """(height, width) in pixels from the header alone, upright. Raises `BadImage`."""
     with _named(source, name):
-        picture = _open(_read(source))
-    width, height = picture.size
-    return (width, height) if _orientation(picture) >= 5 else (height, width)
+        image = _open(_read(source))
+    width, height = image.size
+    return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def too_small(height: int, width: int) -> str:
-    """The reason against a picture with too few pixels."""
+    """The reason for refusing an image with too few pixels."""
     return f"is {width}x{height} pixels, smaller than {MIN_SIDE} on a side"
 
 
@@ -102,46 +102,46 @@ def _open(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
-        raise BadImage("is no picture, whatever its name says") from error
+        raise BadImage("is not an image, whatever its name says") from error
     except Image.DecompressionBombError as error:
         raise BadImage(f"has more than {MAX_PIXELS:,} pixels; scale it down first") from error
     except Exception as error:  # Pillow's header parsers raise many kinds on damaged bytes
         raise BadImage(f"has a damaged header: {error}") from error
-    width, height = picture.size
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImage(f"is {width}x{height}, more than {MAX_PIXELS:,} pixels; scale it down first")
-    return picture
+    return image
 
 
-def _plain(picture: Image.Image, data: bytes) -> bool:
-    """Whether OpenCV gives exactly Pillow's pixels and would notice a cut-off file."""
-    if picture.format == "JPEG":
-        # OpenCV fills a cut-off JPEG with grey; one that ends in its end marker is whole.
-        return picture.mode in ("RGB", "L") and data.endswith(b"\xff\xd9") and _orientation(picture) == 1
-    if picture.format == "PNG":
-        whole = data.rfind(b"IEND", -64) > 0 and data[24] <= 8  # bit depth
-        special = "transparency" in picture.info or b"eXIf" in data
-        return whole and not special and picture.mode in ("RGB", "L", "1")
+def _plain(image: Image.Image, data: bytes) -> bool:
+    """Whether OpenCV decodes exactly Pillow's pixels, and the file is not cut off."""
+    if image.format == "JPEG":
+        # OpenCV fills a cut-off JPEG with grey; one that ends in its end marker is complete.
+        return image.mode in ("RGB", "L") and data.endswith(b"\xff\xd9") and _orientation(image) == 1
+    if image.format == "PNG":
+        complete = data.rfind(b"IEND", -64) > 0 and data[24] <= 8  # bit depth
+        special = "transparency" in image.info or b"eXIf" in data
+        return complete and not special and image.mode in ("RGB", "L", "1")
     return False
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) when there is none."""
     try:
-        return int(picture.getexif().get(0x0112, 1)) if picture.format != "PNG" or "exif" in picture.info else 1
-    except Exception:  # damaged EXIF is no reason to lose the picture
+        return int(image.getexif().get(0x0112, 1)) if image.format != "PNG" or "exif" in image.info else 1
+    except Exception:  # an image with damaged EXIF is still usable
         return 1
 
 
-def _pixels(picture: Image.Image) -> np.ndarray:
+def _pixels(image: Image.Image) -> np.ndarray:
     """Upright uint8 (H,W) or (H,W,3) through Pillow."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture.load()  # raises on cut-off data; PNG orientation is known only after it
-            return _eight_bit(_upright(picture))
+            image.load()  # raises on cut-off data; PNG orientation is known only after it
+            return _eight_bit(_upright(image))
     except BadImage:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error …
@@ -159,35 +159,35 @@ _TURNS: dict[int, Any] = {
 }
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(picture))
-    return picture if turn is None else picture.transpose(turn)
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
-def _eight_bit(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith("I"):  # 16-bit greyscale, in 16 or 32 bits a pixel
-        values = np.asarray(picture).astype(np.int64)
+def _eight_bit(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit greyscale, stored in 16 or 32 bits per pixel
+        values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise BadImage("holds whole numbers beyond 16 bits; save it as an 8- or 16-bit picture")
+            raise BadImage("has integers beyond 16 bits; save it as an 8- or 16-bit image")
         return ((values * 255 + 32767) // 65535).astype(np.uint8)
-    if picture.mode == "F":
-        raise BadImage("holds floating-point values, whose range is unknown; save it as an 8- or 16-bit picture")
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        rgba = np.asarray(picture.convert("RGBA")).astype(np.float32)
+    if image.mode == "F":
+        raise BadImage("has floating-point values, whose range is unknown; save it as an 8- or 16-bit image")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = np.asarray(image.convert("RGBA")).astype(np.float32)
         alpha = rgba[..., 3:] / 255
         return np.rint(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    return np.array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
+    return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shorter side to `size` pixels (area down, cubic up), then the centre `size` x `size`."""
+    """Resize the shorter side to `size` pixels (area down, cubic up), then crop the centre `size` x `size`."""
 
     size: int
 
     @property
     def id(self) -> str:
-        """Names the transform in cache keys: another rule must get another name."""
+        """Identity of the transform in cache keys; another rule needs another id."""
         return f"short-centre-area-cubic-{self.size}"
 
     def apply(self, image: np.ndarray, flip: bool = False) -> np.ndarray:
@@ -197,11 +197,11 @@ class Geometry:
     def apply_map(
         self, map: np.ndarray, image_shape: tuple[int, ...], flip: bool = False, *, names: bool = False
     ) -> np.ndarray:
-        """A map of a picture of `image_shape` (H,W,…) to (size,size) or (size,size,3), aligned with `apply`.
+        """The map of an image of `image_shape` (H,W,…) as (size,size) or (size,size,3), aligned with `apply`.
 
-        A map that has the training size already is passed through bit for bit. One of another size than the picture
-        is first brought to it: a smaller one (the 1/64 colour map) by nearest neighbour, a larger one by area. `names`:
-        the values are names (class ids), of which there is no mean: nearest neighbour throughout.
+        A map of the training size is returned unchanged. One that differs in size from its image is first resized to
+        it: a smaller one (the 1/64 colour map) by nearest neighbour, a larger one by area. `names`: the values are
+        class ids, which cannot be averaged: nearest neighbour throughout.
         """
         height, width = image_shape[:2]
         if map.shape[:2] == (self.size, self.size):

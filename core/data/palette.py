@@ -1,4 +1,4 @@
-"""The colours of ADE20K's 150 classes, in the order of their ids, as mmseg, ControlNet and diffusers' guides have them.
+"""The colours of ADE20K's 150 classes in the order of their ids, the same as in mmseg, ControlNet and diffusers.
 
 For display only: class 6 (road) and 48 (skyscraper) have the same colour, so ids cannot be read back from an image.
 """

@@ -1,4 +1,4 @@
-"""Paths that a set names: what lies outside its folder is refused, whatever way it is written."""
+"""Paths named by a set: those that lead outside its folder are refused."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from pathlib import Path, PurePosixPath
 
 from .records import PICTURES, Fault
 
-NO_UTF8 = "the name is no UTF-8; rename the file"
+NO_UTF8 = "the name is not UTF-8; rename the file"
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name can be written into tables; a file system's or a tar's may hold any bytes."""
+    """Whether a name can be written as text; names in file systems and tars may have any bytes."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def shown(name: str) -> str:
-    """The name with bytes that are no UTF-8 written out, for messages."""
+    """The name for messages, bytes that are not UTF-8 escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def unsafe(name: str) -> str | None:
-    """Why a relative name given by a set may not be followed (absolute, `..`, drive, NUL, no UTF-8), or None."""
+    """Why a relative path in a set is refused (absolute, `..`, drive, NUL, not UTF-8), or None."""
     if not is_utf8(name):
         return NO_UTF8
     if not name or "\0" in name:
-        return "the name is empty or holds a NUL byte"
+        return "the name is empty or contains a NUL byte"
     if name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":"):
         return "the path is absolute; paths must lie inside the set's folder"
     if ".." in PurePosixPath(name.replace("\\", "/")).parts:
@@ -40,9 +40,9 @@ def inside(root: Path, name: str) -> tuple[str | None, str | None]:
         return None, reason
     path = os.path.join(root, name)
     if not os.path.isfile(path):
-        return None, "there is no such file"
+        return None, "no such file"
     if not contains(root, path):
-        return None, "the path is a link that leads out of the set's folder"
+        return None, "the path is a link to outside the set's folder"
     return path, None
 
 
@@ -53,16 +53,16 @@ def contains(root: Path, path: str) -> bool:
 
 
 def is_picture(name: str) -> bool:
-    """Whether the extension is that of a picture, in any case."""
+    """Whether the extension is that of an image, in upper or lower case."""
     return os.path.splitext(name)[1].lower() in PICTURES
 
 
 def walk(root: Path, faults: list[Fault]) -> list[str]:
-    """Every file under `root` as a sorted list of relative POSIX paths, hidden ones left out.
+    """Every file under `root` except hidden ones, as a sorted list of relative POSIX paths.
 
-    Linked folders are not followed and links to files outside are not taken; both become faults.
+    Links to folders, and links to files outside `root`, are left out and become faults.
     """
-    found: list[str] = []
+    files: list[str] = []
     stack = [""]
     while stack:
         folder = stack.pop()
@@ -81,10 +81,10 @@ def walk(root: Path, faults: list[Fault]) -> list[str]:
             if entry.is_dir(follow_symlinks=False):
                 stack.append(name)
             elif entry.is_symlink() and (entry.is_dir() or not entry.is_file() or not contains(root, entry.path)):
-                what = "is a linked folder, which is not followed" if entry.is_dir() else "is a link that leads nowhere"
+                what = "is a link to a folder, which is not followed" if entry.is_dir() else "is a broken link"
                 if entry.is_file():
-                    what = "is a link that leads out of the set's folder"
-                faults.append(Fault(name, f"{what}; copy the files in"))
+                    what = "is a link to outside the set's folder"
+                faults.append(Fault(name, f"{what}; copy the files instead"))
             elif entry.is_file():
-                found.append(name)
-    return sorted(found)
+                files.append(name)
+    return sorted(files)

@@ -1,7 +1,7 @@
-"""The set `photos`: captioned square crops of photographs that ship inside scikit-image, so that nothing is downloaded.
+"""The set `photos`: captioned square crops of photographs that are part of scikit-image, so nothing is downloaded.
 
 Every photograph has a held-out region. Crops inside it are the split "validation"; no training crop touches it.
-Only `motorcycle_left` of the stereo pair is taken: the right view would show the held-out region again.
+Of the stereo pair only `motorcycle_left` is used: the right view would show the held-out region again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SIDES = (128, 160, 208, 288)
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph, what to call its crops, and the region kept from training.
+    """A photograph, the captions of its crops, and the region held out from training.
 
-    A crop is called by the region that fills most of it, if that fills two fifths of it or is shown nearly whole;
-    else by `caption`.
+    A crop has the caption of the region that covers most of it, if that covers two fifths of the crop or is itself
+    mostly visible; else `caption`.
     """
 
     file: str
@@ -150,7 +150,7 @@ PHOTOS = (
 
 @dataclass(frozen=True)
 class CropBlob(Blob):
-    """A rectangle of a picture file as PNG bytes, cut when it is read."""
+    """A rectangle of an image file as PNG bytes, cropped when it is read."""
 
     path: str
     box: Box
@@ -181,15 +181,15 @@ def folder() -> Path:
     """scikit-image's data folder, found without importing it (its import could ask for downloads)."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise SctoolError("the set 'photos' comes with scikit-image, which is not installed: pip install scikit-image")
+        raise SctoolError("the set 'photos' is part of scikit-image, which is not installed: pip install scikit-image")
     return Path(next(iter(spec.submodule_search_locations))) / "data"
 
 
 def photos() -> Source:
-    """The built-in set: crops in a fixed order, those of held-out regions with split "validation"."""
+    """The built-in set: crops in a fixed order; those of held-out regions have the split "validation"."""
     records = [record for photo in PHOTOS for record in _crops(photo)]
     if not records:
-        raise SctoolError(f"scikit-image ships none of its photographs in {folder()}; reinstall scikit-image")
+        raise SctoolError(f"scikit-image has none of its photographs in {folder()}; reinstall scikit-image")
     return Source("photos", "photos", records)
 
 

@@ -1,8 +1,8 @@
-"""What a training step reads: latents and text embeddings, encoded once and cached on disk, and hints.
+"""What a training step reads: latents and conditioning rows, encoded once and cached on disk, and hints.
 
-The cache is keyed by content: picture bytes, geometry and encoder weights for latents; caption and encoder weights for
-text. So renaming a file recomputes nothing, and changing one recomputes that one. Mean and standard deviation of the
-posterior are kept, not one draw, so that training draws anew every time.
+The cache is keyed by content. Latents: image bytes, geometry and autoencoder. Conditioning rows: prompt and
+conditioning encoder. Renaming a file recomputes nothing; changing one recomputes that one. The posterior's mean and
+standard deviation are stored rather than one sample, so that training draws a new one each time.
 """
 
 from __future__ import annotations
@@ -12,27 +12,67 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .cache import CHUNK, Memo, Rows, cache_folder, content_key
+from .cache import CHUNK, Memo, TensorCache, cache_folder, content_key
 from .conditions import condition
 from .images import MIN_SIDE, BadImage, Geometry, decode_map, decode_rgb, too_small
-from .records import Fault, Record, Source
+from .prompts import Prompt, caption_of, count_prompts
+from .records import Blob, Fault, Record, Source
 
 HINT_MEMORY = 512 << 20
-"""Bytes of decoded maps that a process keeps; sets that fit are decoded once."""
+"""Bytes of decoded maps that a process keeps; a set that fits is decoded once."""
 
 DECODERS = 8
-"""Threads that decode pictures for the encoder, at most."""
+"""Maximum number of threads that decode images for the encoder."""
+
+Rows = dict[str, torch.Tensor]
+"""Conditioning rows: named tensors whose first dimension is over images."""
+
+
+class Encoders(Protocol):
+    """The encoders of a backbone; all that `prepare` needs of it."""
+
+    @property
+    def latents_id(self) -> tuple[str, ...]:
+        """Identity of the autoencoder and its precision; part of the cache key."""
+        ...
+
+    @property
+    def conditioning_id(self) -> tuple[str, ...]:
+        """Identity of the conditioning encoder and its precision; part of the cache key."""
+        ...
+
+    @property
+    def vae_scale(self) -> int:
+        """The autoencoder's downsampling factor."""
+        ...
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        ...
+
+    def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation (B,C,h,w) of the latents of pixels (B,3,H,W) in -1..1."""
+        ...
+
+    def encode_prompts(self, prompts: list[str]) -> Rows:
+        """The prompts' conditioning rows."""
+        ...
+
+    def too_long(self, prompt: str) -> bool:
+        """Whether the prompt is longer than the conditioning encoder reads, so that its end is ignored."""
+        ...
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A record as served: plain or mirrored, and where its rows are."""
+    """A record as served, as it is or mirrored, and the cache keys of its rows."""
 
     record: Record
     flip: bool
@@ -42,20 +82,21 @@ class _Item:
 
 
 class PreparedSet(Dataset):
-    """Pictures ready for training. With flips, item `i + n/2` is the mirror image of item `i`.
+    """Images ready for training. With flips, item `i + n/2` is the mirror image of item `i`.
 
-    `records` are those served, `faults` those left out and why, `empty_text` the encoding of "" (rows without a
-    batch dimension), `bytes_on_disk` the size of the cache files that serve this set.
+    `records` are those served, `faults` those left out and why, `null_rows` the encoding of the null prompt (without a
+    batch dimension), `bytes_on_disk` the size of the cache files that hold this set.
     """
 
     def __init__(
-        self, items: list[_Item], latents: Rows, texts: Rows, geometry: Geometry, conds: tuple[str, ...], empty: str
+        self, items: list[_Item], latents: TensorCache, texts: TensorCache, geometry: Geometry, conds: tuple[str, ...]
     ) -> None:
         self.items, self.latents, self.texts = items, latents, texts
         self.geometry, self.conds = geometry, conds
         self.faults: list[Fault] = []
-        self.empty_text = texts.read(empty)
-        self.bytes_on_disk = latents.bytes(i.latent for i in items) + texts.bytes([empty, *(i.text for i in items)])
+        self.null_rows = texts.read(_text_key(""))
+        text_keys = [_text_key(""), *(item.text for item in items)]
+        self.bytes_on_disk = latents.bytes(item.latent for item in items) + texts.bytes(text_keys)
         self._maps: dict[tuple[int, str], np.ndarray] = {}
         self._room = HINT_MEMORY
 
@@ -69,7 +110,7 @@ class PreparedSet(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """{"key", "caption", "mean" and "std" (C,h,w) float32, "text" {name: (L,D) or (P,)}, "hints" {cond: (3,H,W)
-        uint8}}; the key is the record's, also for its mirror image.
+        uint8}}. A mirror image has its record's key.
         """
         item = self.items[i]
         row = self.latents.read(item.latent)
@@ -83,7 +124,7 @@ class PreparedSet(Dataset):
         }
 
     def image(self, i: int) -> torch.Tensor:
-        """The picture of item `i` as uint8 (3,H,W), decoded now."""
+        """The image of item `i` as uint8 (3,H,W), decoded now."""
         return _channels_first(self._pixels(self.items[i]))
 
     def _pixels(self, item: _Item) -> np.ndarray:
@@ -99,9 +140,9 @@ class PreparedSet(Dataset):
         return _channels_first(np.repeat(map[..., None], 3, axis=2) if map.ndim == 2 else map)
 
     def _decode_hint(self, i: int, cond: str) -> np.ndarray:
-        """The hint, in one channel where all three are the same."""
+        """The hint, as one channel (H,W) if its three channels are equal."""
         item = self.items[i]
-        blob = item.record.map_for(cond, alone=len(self.conds) == 1)
+        blob = item.record.map_for(cond, only=len(self.conds) == 1)
         if blob is None:
             raise BadImage(f"has no {cond} map", item.record.key)
         shape = self.latents.read(item.latent)["shape"].tolist()
@@ -117,7 +158,7 @@ class PreparedSet(Dataset):
 
 def prepare(
     source: Source | Sequence[Record],
-    backbone: Any,
+    backbone: Encoders,
     *,
     size: int,
     conds: Iterable[str] = (),
@@ -125,72 +166,88 @@ def prepare(
     cache: str | Path | None = None,
     batch: int = 16,
     device: str | torch.device = "cpu",
-    trigger: str = "",
+    prompt: Prompt = caption_of,
     progress: Callable[[str], None] | None = None,
 ) -> PreparedSet:
-    """Encodes what the cache lacks and gives the set. `backbone` is a `core.backbones.Backbone`, or anything with
-    `encode_images`, `encode_prompts`, `vae_hash` and `text_hash`; its encoders may be freed afterwards.
+    """Encodes what the cache lacks and returns the set. The backbone's encoders may be freed afterwards.
 
-    size: side in pixels. flip: also serve mirror images. batch: pictures in one pass of the encoder. trigger: word put
-    before every caption. progress: called with a line of text now and then.
-    Records whose picture or asked map cannot be used are left out and stand in `.faults`.
-    Killed, it goes on from the last chunk when called again. Raises `SctoolError` when the disk is full.
+    size: side in pixels. flip: also serve mirror images. batch: images per encoder pass. prompt: the prompt of a
+    record. progress: called with a line of text now and then.
+    Records whose image, or whose map of a condition in `conds`, cannot be used are left out and listed in `.faults`.
+    After a kill, the same call continues from the last chunk. Raises `SctoolError` when the disk is full.
     """
     conds = tuple(conds)
     store = _Store(backbone, size, cache, source)
     faults: list[Fault] = []
-    items = store.items(source, conds, flip, trigger, faults)
+    items = store.items(source, conds, flip, prompt, faults)
     say = progress or (lambda line: None)
-    bad = store.encode_pictures(items, batch, device, say)
+    bad = store.encode_images(items, batch, device, say)
     faults += [
         Fault(item.record.image.name, bad[item.latent]) for item in items if item.latent in bad and not item.flip
     ]
     items = [item for item in items if item.latent not in bad]
-    empty = store.text_key("")
     captions = dict.fromkeys(["", *(item.caption for item in items)])
     store.encode_captions(list(captions), batch, say)
     store.memo.save()
-    prepared = PreparedSet(items, store.latents, store.texts, store.geometry, conds, empty)
+    prepared = PreparedSet(items, store.latents, store.texts, store.geometry, conds)
     prepared.faults = faults
+    _say_too_long(items, store.too_long(captions), say)
     if faults:
         shown = "; ".join(map(str, faults[:3]))
-        say(f"{len(faults)} pictures left out: {shown}{' …' if len(faults) > 3 else ''}")
+        say(f"{len(faults)} images left out: {shown}{' …' if len(faults) > 3 else ''}")
     return prepared
 
 
-def plan(
+def _say_too_long(items: list[_Item], too_long: set[str], say: Callable[[str], None]) -> None:
+    if too_long:
+        captions = {item.caption for item in items if item.caption}
+        images = sum(item.caption in too_long for item in items if not item.flip)
+        say(
+            f"{len(too_long)} of {len(captions)} captions ({images} images) are longer than the text encoder reads; "
+            "the rest of each is ignored"
+        )
+
+
+def cache_plan(
     source: Source | Sequence[Record],
-    backbone: Any,
+    backbone: Encoders,
     *,
     size: int,
     conds: Iterable[str] = (),
     flip: bool = False,
     cache: str | Path | None = None,
-    trigger: str = "",
+    prompt: Prompt = caption_of,
 ) -> dict[str, Any]:
-    """What `prepare` would have to encode: counts, bytes of the whole (`bytes`), bytes still to write (`bytes_to_add`).
+    """What `prepare` would have to encode: counts, total bytes (`bytes`), and bytes still to write (`bytes_to_add`).
 
-    Reads the pictures' bytes, decodes none of them and writes nothing.
+    `captions_from_labels` (with one of them in `caption_example`) and `captions_empty` count images,
+    `captions_too_long` distinct captions.
+    Reads the images' bytes, decodes none of them and writes nothing. Encodes at most the null prompt, and only when no
+    caption is in the cache.
     """
     store = _Store(backbone, size, cache, source)
     faults: list[Fault] = []
-    items = store.items(source, tuple(conds), flip, trigger, faults)
+    items = store.items(source, tuple(conds), flip, prompt, faults)
     latents = {item.latent for item in items}
     captions = {item.caption for item in items} | {""}
     side = size // backbone.vae_scale
-    each = 2 * backbone.latent_channels * side * side * 4 + 8
-    row = backbone.encode_prompts([""])
-    each_text = sum(value.nbytes for value in row.values())
-    new = len(store.latents.missing(latents))
-    new_text = len(store.texts.missing(store.text_key(caption) for caption in captions))
+    latent_bytes = 2 * backbone.latent_channels * side * side * 4 + 8
+    text_bytes = store.text_bytes()
+    new_latents = len(store.latents.missing(latents))
+    new_captions = len(store.texts.missing(map(_text_key, captions)))
+    prompts = count_prompts((item.record for item in items if not item.flip), prompt)
     return {
         "folder": str(store.folder),
-        "pictures": len(latents),
-        "pictures_to_encode": new,
+        "images": len(latents),
+        "images_to_encode": new_latents,
         "captions": len(captions),
-        "captions_to_encode": new_text,
-        "bytes": len(latents) * each + len(captions) * each_text,
-        "bytes_to_add": new * each + new_text * each_text,
+        "captions_to_encode": new_captions,
+        "captions_from_labels": prompts.from_labels,
+        "caption_example": prompts.example,
+        "captions_empty": prompts.empty,
+        "captions_too_long": len(store.too_long(captions)),
+        "bytes": len(latents) * latent_bytes + len(captions) * text_bytes,
+        "bytes_to_add": new_latents * latent_bytes + new_captions * text_bytes,
         "left_out": len(faults),
     }
 
@@ -198,24 +255,20 @@ def plan(
 class _Store:
     """The cache of one backbone at one size."""
 
-    def __init__(self, backbone: Any, size: int, cache: str | Path | None, source: Source | Sequence[Record]) -> None:
+    def __init__(
+        self, backbone: Encoders, size: int, cache: str | Path | None, source: Source | Sequence[Record]
+    ) -> None:
         self.backbone, self.geometry = backbone, Geometry(size)
         self.folder = cache_folder(cache)
-        self.latents = Rows(self.folder / "latents" / self._group(self.geometry.id, *backbone.latents_id))
-        self.texts = Rows(self.folder / "text" / self._group(*backbone.conditioning_id))
-        self.memo = Memo(self.folder / "memo" / f"{content_key(_common_folder(source))[:24]}.json")
-
-    @staticmethod
-    def _group(*parts: str) -> str:
-        return content_key(*parts)[:24]
-
-    @staticmethod
-    def text_key(caption: str) -> str:
-        return content_key("caption", caption)
+        # the encoder's precision is part of its identity: fp16 latents must not serve an fp32 run
+        self.latents = TensorCache(self.folder / "latents" / _group(self.geometry.id, *backbone.latents_id))
+        self.texts = TensorCache(self.folder / "text" / _group(*backbone.conditioning_id))
+        self.memo = Memo(self.folder / "memo" / f"{_group(_common_folder(source))}.json")
 
     def items(
-        self, source: Iterable[Record], conds: tuple[str, ...], flip: bool, trigger: str, faults: list[Fault]
+        self, source: Iterable[Record], conds: tuple[str, ...], flip: bool, prompt: Prompt, faults: list[Fault]
     ) -> list[_Item]:
+        """The usable records in order, then their mirror images if `flip`."""
         plain: list[_Item] = []
         for record in source:
             try:
@@ -224,19 +277,19 @@ class _Store:
             except BadImage as error:
                 faults.append(Fault(record.image.name, error.reason))
                 continue
-            caption = f"{trigger} {record.text or ''}".strip() if trigger else record.text or ""
-            plain.append(_Item(record, False, digest, caption, self.text_key(caption)))
+            caption = prompt(record)
+            plain.append(_Item(record, False, digest, caption, _text_key(caption)))
         mirrored = [_Item(i.record, True, f"{i.latent}-mirrored", i.caption, i.text) for i in plain] if flip else []
         return plain + mirrored
 
     def _check_maps(self, record: Record, conds: tuple[str, ...]) -> None:
-        """Raises `BadImage` for a map that is missing or does not decode, so that no step of training meets one."""
+        """Raises `BadImage` for a map that is missing or does not decode, so that training never meets one."""
         for cond in conds:
-            blob = record.map_for(cond, alone=len(conds) == 1)
+            blob = record.map_for(cond, only=len(conds) == 1)
             if blob is None:
                 raise BadImage(f"has no {cond} map; make it: sctool annotate FOLDER --cond {cond}")
 
-            def decodes(blob: Any = blob) -> str:
+            def decodes(blob: Blob = blob) -> str:
                 try:
                     decode_map(blob)
                 except BadImage as error:
@@ -247,33 +300,33 @@ class _Store:
             if verdict != "good":
                 raise BadImage(f"its {cond} map {blob.name} {verdict}")
 
-    def encode_pictures(
+    def encode_images(
         self, items: list[_Item], batch: int, device: str | torch.device, say: Callable[[str], None]
     ) -> dict[str, str]:
-        """Writes the latents that are missing; gives {latent key: reason} of pictures that cannot be encoded."""
+        """Writes the missing latents; returns {latent key: reason} of the images that cannot be encoded."""
         by_key = {item.latent: item for item in items}
         todo = self.latents.missing(by_key)
         bad: dict[str, str] = {}
         with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
             for number, keys in enumerate(_slices(todo, CHUNK)):
                 if len(todo) > CHUNK:
-                    say(f"encoding pictures: {number * CHUNK} of {len(todo)}")
-                kept: list[str] = []
-                parts: list[dict[str, torch.Tensor]] = []
-                for some in _slices(keys, batch):
-                    decoded = list(pool.map(self._decode, [by_key[key] for key in some]))
-                    bad |= {key: value for key, value in zip(some, decoded, strict=True) if isinstance(value, str)}
-                    good = [(k, v) for k, v in zip(some, decoded, strict=True) if not isinstance(v, str)]
+                    say(f"encoding images: {number * CHUNK} of {len(todo)}")
+                written: list[str] = []
+                parts: list[Rows] = []
+                for batch_keys in _slices(keys, batch):
+                    decoded = list(pool.map(self._decode, [by_key[key] for key in batch_keys]))
+                    bad |= {k: v for k, v in zip(batch_keys, decoded, strict=True) if isinstance(v, str)}
+                    good = [(k, v) for k, v in zip(batch_keys, decoded, strict=True) if not isinstance(v, str)]
                     if good:
-                        kept += [key for key, _ in good]
+                        written += [key for key, _ in good]
                         parts.append(self._encode([value for _, value in good], device))
-                if kept:
-                    self.latents.write(kept, {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+                if written:
+                    self.latents.write(written, {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
                     self.memo.save()
         return bad
 
     def _decode(self, item: _Item) -> tuple[np.ndarray, tuple[int, int]] | str:
-        """The training pixels and the picture's (H,W), or why there are none."""
+        """The training pixels and the image's (H,W), or why there are none."""
         try:
             image = decode_rgb(item.record.image)
         except BadImage as error:
@@ -284,7 +337,7 @@ class _Store:
         return self.geometry.apply(image, item.flip), (height, width)
 
     @torch.no_grad()
-    def _encode(self, decoded: list[tuple[np.ndarray, tuple[int, int]]], device: Any) -> dict[str, torch.Tensor]:
+    def _encode(self, decoded: list[tuple[np.ndarray, tuple[int, int]]], device: str | torch.device) -> Rows:
         pixels = torch.from_numpy(np.stack([image for image, _ in decoded])).to(device).permute(0, 3, 1, 2)
         mean, std = self.backbone.encode_images(pixels.float() / 127.5 - 1)
         shape = torch.tensor([shape for _, shape in decoded], dtype=torch.int32)
@@ -292,26 +345,41 @@ class _Store:
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str], batch: int, say: Callable[[str], None]) -> None:
-        """Writes the rows of captions that are missing."""
-        by_key = {self.text_key(caption): caption for caption in captions}
+        """Writes the missing captions' rows."""
+        by_key = {_text_key(caption): caption for caption in captions}
         todo = self.texts.missing(by_key)
         for number, keys in enumerate(_slices(todo, CHUNK)):
             if len(todo) > CHUNK:
                 say(f"encoding captions: {number * CHUNK} of {len(todo)}")
-            parts = [self.backbone.encode_prompts([by_key[key] for key in some]) for some in _slices(keys, batch)]
+            parts = [self.backbone.encode_prompts([by_key[key] for key in part]) for part in _slices(keys, batch)]
             self.texts.write(keys, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+
+    def too_long(self, captions: Iterable[str]) -> set[str]:
+        """The captions that the conditioning encoder does not read to their end."""
+        return {caption for caption in captions if self.backbone.too_long(caption)}
+
+    @torch.no_grad()
+    def text_bytes(self) -> int:
+        """Bytes of one caption's rows."""
+        cached = next(iter(self.texts.places), None)
+        rows = self.backbone.encode_prompts([""]) if cached is None else self.texts.read(cached)
+        return sum(value.nbytes for value in rows.values())
+
+
+def _group(*parts: str) -> str:
+    return content_key(*parts)[:24]
+
+
+def _text_key(caption: str) -> str:
+    return content_key("caption", caption)
 
 
 def _slices(values: list[str], length: int) -> list[list[str]]:
     return [values[i : i + length] for i in range(0, len(values), length)]
 
 
-def _text_dtype(backbone: Any) -> torch.dtype:
-    return getattr(getattr(getattr(backbone, "pipe", None), "text_encoder", None), "dtype", torch.float32)
-
-
 def _common_folder(source: Source | Sequence[Record]) -> str:
-    """The folder that the set's files lie in: one memo file serves all subsets of a set."""
+    """The folder that contains all files of the set, so that all subsets of a set share one memo file."""
     folders = {os.path.dirname((record.image.stamp() or "|").split("|")[0]) for record in source}
     try:
         return os.path.commonpath(folders) if folders else ""

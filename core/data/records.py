@@ -1,4 +1,4 @@
-"""What a set of pictures is made of: bytes that can be read again, records, and the faults found on the way."""
+"""The parts of a data set: blobs of bytes, records, faults."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 ANY = "conditioning_image"
-"""The map of a set that names no condition (diffusers' column, ControlNet's `source`): it serves whichever is asked."""
+"""A map that names no condition (diffusers' column, ControlNet's `source`): used for whichever is requested."""
 
 
 class Blob:
-    """Bytes with a name for messages. Small, picklable and re-readable: records carry blobs, never pixels."""
+    """Bytes that can be read again, with a name for messages. Small and picklable: records have blobs, never pixels."""
 
     @property
     def name(self) -> str:
-        """What a message calls it, e.g. `00000.tar:000000001.jpg`."""
+        """Its name in messages, e.g. `00000.tar:000000001.jpg`."""
         raise NotImplementedError
 
     def read(self) -> bytes:
@@ -27,7 +27,7 @@ class Blob:
         raise NotImplementedError
 
     def stamp(self) -> str | None:
-        """Changes whenever the bytes may have changed, without reading them; None when that cannot be told."""
+        """Differs whenever the bytes may have changed, without reading them; None when that cannot be known."""
         return None
 
 
@@ -40,7 +40,7 @@ class BytesBlob(Blob):
 
     @property
     def name(self) -> str:
-        """The label it was made with."""
+        """The label."""
         return self.label
 
     def read(self) -> bytes:
@@ -57,7 +57,7 @@ class FileBlob(Blob):
 
     @property
     def name(self) -> str:
-        """Its path inside the set, else the whole path."""
+        """Its path inside the set, else the full path."""
         return self.label or str(self.path)
 
     def read(self) -> bytes:
@@ -66,7 +66,7 @@ class FileBlob(Blob):
             return file.read()
 
     def stamp(self) -> str | None:
-        """Path, size and time of change."""
+        """Path, size and modification time."""
         return file_stamp(self.path)
 
 
@@ -85,7 +85,7 @@ class TarBlob(Blob):
         return f"{os.path.basename(self.tar)}:{self.member}"
 
     def read(self) -> bytes:
-        """The member's bytes. Raises `OSError` when the tar is shorter than its headers say."""
+        """The member's bytes. Raises `OSError` when the tar is cut off."""
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
@@ -94,7 +94,7 @@ class TarBlob(Blob):
         return data
 
     def stamp(self) -> str | None:
-        """The tar's path, size and time of change, and where the member lies."""
+        """The tar's path, size and modification time, and the member's offset and size."""
         stamp = file_stamp(self.tar)
         return stamp and f"{stamp}|{self.offset}|{self.size}"
 
@@ -110,10 +110,10 @@ def file_stamp(path: str | Path) -> str | None:
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with its caption and maps.
+    """One image with its caption and maps.
 
-    `key` is unique in the set (path without extension, or the shard's key), `maps` goes from condition to map,
-    `split` is train, validation, test or None.
+    `key` is unique in the set (path without extension, or the shard's key). `maps` holds a map per condition. `split`
+    is train, validation, test or None.
     """
 
     key: str
@@ -124,14 +124,14 @@ class Record:
     label: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def map_for(self, cond: str, alone: bool = True) -> Blob | None:
-        """The map for a condition: its own, else, when it is asked `alone`, the map that names no condition."""
-        return self.maps.get(cond) or (self.maps.get(ANY) if alone else None)
+    def map_for(self, cond: str, only: bool = True) -> Blob | None:
+        """The map of a condition; when it is the `only` one used, a map that names no condition will do."""
+        return self.maps.get(cond) or (self.maps.get(ANY) if only else None)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with the set: where (a file, a line, a record) and why, with the remedy where there is one."""
+    """Something wrong with the set: where (a file, a line, a record) and why, with the remedy if there is one."""
 
     where: str
     reason: str
@@ -142,7 +142,7 @@ class Fault:
 
 @dataclass
 class Source:
-    """A listed set. `faults` are those seen while listing; `check` finds those that need decoding."""
+    """A listed set. `faults` are those found while listing; `check` finds those that need decoding."""
 
     name: str
     kind: str
@@ -157,11 +157,11 @@ class Source:
         return iter(self.records)
 
     def split(self, *names: str | None) -> list[Record]:
-        """The records of the named splits; None stands for records without a split."""
+        """The records of the named splits; None means records without a split."""
         return [record for record in self.records if record.split in names]
 
     def conditions(self) -> list[str]:
-        """The names of all maps that occur, sorted."""
+        """The names of all conditions that occur, sorted."""
         return sorted({name for record in self.records for name in record.maps})
 
 
@@ -175,12 +175,11 @@ def split_name(word: Any) -> str | None:
 
 
 def without_duplicates(records: list[Record], faults: list[Fault]) -> list[Record]:
-    """The first record of every key; the others become faults."""
-    kept: dict[str, Record] = {}
+    """The first record of each key; the others become faults."""
+    by_key: dict[str, Record] = {}
     for record in records:
-        if record.key in kept:
-            reason = f"the key '{record.key}' is taken by {kept[record.key].image.name}; keys must be unique in a set"
+        first = by_key.setdefault(record.key, record)
+        if first is not record:
+            reason = f"the key '{record.key}' is already used by {first.image.name}; keys must be unique in a set"
             faults.append(Fault(record.image.name, reason))
-        else:
-            kept[record.key] = record
-    return list(kept.values())
+    return list(by_key.values())

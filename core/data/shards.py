@@ -1,4 +1,4 @@
-"""Webdataset shards as img2dataset writes them: members of one sample share the name before its first dot."""
+"""Webdataset shards as img2dataset writes them: the members of a sample share the name before its first dot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .paths import shown, unsafe
 from .records import PICTURES, Blob, Fault, Record, TarBlob, split_name
 
 TEXT_LIMIT = 1 << 20
-"""Bytes of a caption or JSON member beyond which it is a fault, not a caption."""
+"""A caption or JSON member of more bytes than this is a fault."""
 
 
 def list_shard(tar: str | Path) -> list[Record]:
@@ -21,7 +21,7 @@ def list_shard(tar: str | Path) -> list[Record]:
 
 
 def read_shard(tar: str | Path) -> tuple[list[Record], list[Fault]]:
-    """The records of one tar and the faults of its members; what stands before a damage is kept."""
+    """The records of one tar and the faults of its members; of a damaged tar, those before the damage."""
     samples, faults = _members(str(tar))
     records = []
     for key, members in samples.items():
@@ -44,7 +44,7 @@ def list_maps(tar: str | Path, cond: str) -> tuple[dict[str, Blob], list[Fault]]
 
 
 def _members(tar: str, label: str | None = None) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
-    """{key: {extension: TarBlob of a picture | text of .txt and .json}} and faults, which call the tar `label`."""
+    """{key: {extension: TarBlob of an image | text of .txt and .json}}, and faults that name the tar `label`."""
     samples: dict[str, dict[str, Any]] = {}
     faults: list[Fault] = []
     shard = label or Path(tar).name
@@ -72,11 +72,11 @@ def _members(tar: str, label: str | None = None) -> tuple[dict[str, dict[str, An
                     sample[extension] = file.read().decode("utf-8", "replace") if file else ""
             if os.path.getsize(tar) < archive.offset + tarfile.BLOCKSIZE:
                 faults.append(
-                    Fault(shard, "ends without a tar's end mark: it was cut off; what it still holds is used")
+                    Fault(shard, "has no end-of-archive mark: it was cut off; the members before the cut are used")
                 )
     except (tarfile.TarError, OSError, EOFError) as error:
-        faults.append(Fault(shard, f"is no whole uncompressed tar ({error}); what stands before the damage is used"))
-    samples.pop("", None)  # hidden files, as macOS adds
+        faults.append(Fault(shard, f"is not a complete uncompressed tar ({error}); members before the damage are used"))
+    samples.pop("", None)  # hidden files, such as macOS adds
     return samples, faults
 
 
@@ -87,20 +87,20 @@ def _refused(member: tarfile.TarInfo) -> str | None:
     if reason:
         return reason
     if member.issym() or member.islnk():
-        return "is a link; a shard must hold the files themselves"
+        return "is a link; a shard must contain the files themselves"
     if not member.isfile() or member.issparse():
-        return "is no plain file"
+        return "is not a regular file"
     return None
 
 
 def _record(key: str, members: dict[str, Any], faults: list[Fault]) -> Record | None:
-    pictures = {name: value for name, value in members.items() if isinstance(value, TarBlob)}
-    image = next((value for name, value in pictures.items() if "." not in name), None)
-    maps: dict[str, Blob] = {name.rpartition(".")[0]: value for name, value in pictures.items() if "." in name}
+    blobs = {name: value for name, value in members.items() if isinstance(value, TarBlob)}
+    image = next((value for name, value in blobs.items() if "." not in name), None)
+    maps: dict[str, Blob] = {name.rpartition(".")[0]: value for name, value in blobs.items() if "." in name}
     if image is None:
-        if pictures:
-            where = next(iter(pictures.values())).name
-            faults.append(Fault(where, f"is a map without a picture: the shard holds no {key}.jpg or .png"))
+        if blobs:
+            where = next(iter(blobs.values())).name
+            faults.append(Fault(where, f"is a map without an image: the shard contains no {key}.jpg or .png"))
         return None
     meta: dict[str, Any] = {}
     if "json" in members:
@@ -116,7 +116,7 @@ def _record(key: str, members: dict[str, Any], faults: list[Fault]) -> Record | 
 
 
 def caption(row: dict[str, Any]) -> str | None:
-    """The caption among a row's columns: text, caption or prompt, the first that is not empty."""
+    """The caption of a row: the first of the columns text, caption and prompt that is not empty."""
     for name in ("text", "caption", "prompt"):
         if isinstance(row.get(name), str) and row[name].strip():
             return row[name].strip()
@@ -124,7 +124,7 @@ def caption(row: dict[str, Any]) -> str | None:
 
 
 def label(row: dict[str, Any]) -> str | None:
-    """The class among a row's columns: class or label."""
+    """The class label of a row: the first of the columns class and label that is not empty."""
     for name in ("class", "label"):
         if row.get(name) not in (None, ""):
             return str(row[name])

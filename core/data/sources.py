@@ -1,4 +1,4 @@
-"""Where pictures come from: one function opens every layout and lists it, pixels undecoded.
+"""Opens a data set of any layout and lists its records, without decoding images.
 
 A condition map is a column, a sibling file (`KEY.canny.png`, `canny/KEY.png`, `conditions/canny/KEY.png`), a member
 of the shard (`KEY.canny.png`) or of a sidecar shard (`conditions/canny/00000.tar`).
@@ -30,8 +30,8 @@ def open_source(path: str | Path, maps: str | Path | None = None) -> Source:
     or file of webdataset shards, or a folder with ControlNet's `prompt.json`.
 
     maps: a folder of further condition maps, laid out as `COND/KEY.png`, `COND/SHARD.tar` or `KEY.COND.png`.
-    What is wrong with single rows, files or members stands in `.faults`. Raises `UsageError` for what is missing,
-    empty or holds no pictures.
+    Faults of single rows, files or members are listed in `.faults`. Raises `UsageError` for a set that is missing, is
+    empty or contains no images.
     """
     if str(path) == "photos":
         source = photos()
@@ -60,7 +60,7 @@ def open_source(path: str | Path, maps: str | Path | None = None) -> Source:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a set, its members unlisted: name below the root, file, split, and (condition, tar) of its maps."""
+    """One tar of a set, its members not listed: path below the root, file, split, and (condition, tar) of its maps."""
 
     name: str
     tar: str
@@ -69,9 +69,9 @@ class Shard:
 
 
 def open_shards(path: str | Path) -> tuple[Source, list[Shard]] | None:
-    """The shards of a set without listing a single member, however many there are; None where the set is no shards.
+    """The shards of a set, without listing their members; None for a set of another layout.
 
-    Maps lie beside a shard in `conditions/COND/` or `COND/` under its own name. The source holds no records. Raises
+    The maps of a shard are in `conditions/COND/` or `COND/` under its own file name. The source has no records. Raises
     as `open_source` does.
     """
     if str(path) in ("photos", "-"):
@@ -111,29 +111,29 @@ def _existing(path: str | Path) -> Path:
         given, parent = parent, parent.parent
     near = difflib.get_close_matches(given.name, os.listdir(parent), n=1, cutoff=0.7)
     hint = f" Did you mean '{parent / near[0]}'?" if near else ""
-    raise UsageError(f"there is no '{path}'.{hint} Give a folder of pictures, of .tar shards, or 'photos'.")
+    raise UsageError(f"'{path}' does not exist.{hint} Give a folder of images, of .tar shards, or 'photos'.")
 
 
 def _kind(given: Path, names: list[str], only: str | None) -> tuple[str, list[str]]:
-    """The layout and the files that describe it: tables or shards."""
+    """The layout, and the tables or shards that it is listed from."""
     if only is not None:
         if only.lower().endswith(".tar"):
             return "shards", [only]
         if only in TABLES:
             return TABLES[only], [only]
-        raise UsageError(f"'{given}' is no .tar shard, metadata.jsonl or prompt.json; give the folder of the set.")
+        raise UsageError(f"'{given}' is not a .tar shard, metadata.jsonl or prompt.json; give the folder of the set.")
     if not names:
-        raise UsageError(f"'{given}' is empty. Give a folder of pictures, of .tar shards, or 'photos'.")
+        raise UsageError(f"'{given}' is empty. Give a folder of images, of .tar shards, or 'photos'.")
     for table, kind in TABLES.items():
-        found = [name for name in names if name == table or _in_split(name, table)]
-        if found:
-            return kind, found
+        tables = [name for name in names if name == table or _in_split(name, table)]
+        if tables:
+            return kind, tables
     shards = [name for name in names if name.lower().endswith(".tar") and not _is_map_folder(name)]
     return ("shards", shards) if shards else ("textfolder", [])
 
 
 def _in_split(name: str, file: str) -> bool:
-    """Whether `name` is that file directly in a folder named as a split."""
+    """Whether `name` is that file, directly in a folder named after a split."""
     folder, _, last = name.rpartition("/")
     return split_name(folder) is not None and last == file
 
@@ -141,23 +141,23 @@ def _in_split(name: str, file: str) -> bool:
 def _nothing(given: Path, names: list[str], faults: list[Fault]) -> str:
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        return f"'{given}' holds no usable picture. {faults[0]}{more}."
+        return f"'{given}' contains no usable image. {faults[0]}{more}."
     if not any(is_picture(name) for name in names):
-        return f"'{given}' holds no pictures (.jpg, .png, .webp …) and no .tar shards among its {len(names)} files."
-    return f"'{given}' lists no pictures: its table is empty, or all its pictures are condition maps."
+        return f"'{given}' contains no images (.jpg, .png, .webp …) and no .tar shards among its {len(names)} files."
+    return f"'{given}' lists no images: its table is empty, or all its images are condition maps."
 
 
 # ------------------------------------------------------------------------------------------------------ folders
 
 
 def _folder(root: Path, names: list[str], faults: list[Fault]) -> list[Record]:
-    """Pictures below `root` with `.txt` captions beside them; the subfolder is the split or the class."""
-    pictures = {name for name in names if is_picture(name)}
+    """Images below `root`, with `.txt` captions beside them; the subfolder is the split or the class."""
+    images = {name for name in names if is_picture(name)}
     siblings = _siblings(root, names)
-    maps = {blob.label for found in siblings.values() for blob in found.values() if isinstance(blob, FileBlob)}
+    maps = {blob.label for by_cond in siblings.values() for blob in by_cond.values() if isinstance(blob, FileBlob)}
     captions = {name[:-4]: name for name in names if name.lower().endswith(".txt")}
     records = []
-    for name in sorted(pictures - maps):
+    for name in sorted(images - maps):
         if _is_map_folder(name):
             continue
         key = os.path.splitext(name)[0]
@@ -180,20 +180,20 @@ def _is_map_folder(name: str) -> bool:
 
 
 def _siblings(root: Path, names: Iterable[str]) -> dict[str, dict[str, Blob]]:
-    """{key: {cond: map}} of the maps that lie beside the pictures: `KEY.cond.png`, `cond/KEY.png`, `conditions/…`."""
+    """{key: {cond: map}} of the maps beside the images: `KEY.cond.png`, `cond/KEY.png`, `conditions/…`."""
     names = [name for name in names if is_picture(name)]
     stems = {os.path.splitext(name)[0] for name in names}
-    found: dict[str, dict[str, Blob]] = {}
+    maps: dict[str, dict[str, Blob]] = {}
     for name in names:
         stem = os.path.splitext(name)[0]
         key, cond = _map_key(stem, stems)
         if cond:
-            found.setdefault(key, {})[cond] = FileBlob(str(root / name), name)
-    return found
+            maps.setdefault(key, {})[cond] = FileBlob(str(root / name), name)
+    return maps
 
 
 def _map_key(stem: str, stems: set[str]) -> tuple[str, str | None]:
-    """(key of the picture, condition) of a map's path without extension; no condition when it is no map."""
+    """(key of the image, condition) of a map's path without extension; condition None when it is not a map."""
     parts = stem.split("/")
     for i, part in enumerate(parts[:-1]):
         if part == "conditions" and i + 2 < len(parts):
@@ -211,7 +211,7 @@ def _undotted(key: str, cond: str) -> str:
 
 
 def _with_siblings(records: list[Record], siblings: dict[str, dict[str, Blob]]) -> list[Record]:
-    """Adds maps that lie beside the pictures; those that a column names come first."""
+    """Adds the maps beside the images; those named by a column take precedence."""
     images = {record.image.name for record in records}
     result = []
     for record in records:
@@ -226,15 +226,15 @@ def _with_siblings(records: list[Record], siblings: dict[str, dict[str, Blob]]) 
 def _shards(root: Path, names: list[str], faults: list[Fault]) -> list[Record]:
     records = []
     for name in names:
-        found, wrong = read_shard(root / name)
-        faults += wrong
+        listed, shard_faults = read_shard(root / name)
+        faults += shard_faults
         split = split_name(name.rpartition("/")[0].split("/")[0])
-        records += [replace(record, split=split) if split and not record.split else record for record in found]
+        records += [replace(record, split=split) if split and not record.split else record for record in listed]
     return records
 
 
 def _with_sidecars(source: Source, folder: Path, every: bool = False) -> Source:
-    """Adds maps of `conditions/COND/*.tar` and `COND/*.tar` in `folder`; `every` takes any folder for a condition."""
+    """Adds maps of `conditions/COND/*.tar` and `COND/*.tar` in `folder`; with `every`, COND may be any name."""
     added: dict[str, dict[str, Blob]] = {}
     for base, any_name in ((folder / "conditions", True), (folder, every)):
         if not base.is_dir():
@@ -243,32 +243,32 @@ def _with_sidecars(source: Source, folder: Path, every: bool = False) -> Source:
             if not any_name and cond not in MAP_FOLDERS:
                 continue
             for tar in sorted((base / cond).glob("*.tar")):
-                maps, wrong = list_maps(tar, cond)
-                source.faults.extend(wrong)
+                maps, tar_faults = list_maps(tar, cond)
+                source.faults.extend(tar_faults)
                 for key, blob in maps.items():
                     added.setdefault(key, {})[cond] = blob
     return _adding(source, added)
 
 
 def _with_maps(source: Source, folder: Path) -> Source:
-    """Adds the maps of a `maps` folder; they come before the set's own."""
+    """Adds the maps of a `maps` folder; they take precedence over the set's own."""
     if not folder.is_dir():
-        raise UsageError(f"'{folder}' is no folder; --maps takes a folder such as conditions/ with canny/KEY.png.")
+        raise UsageError(f"'{folder}' is not a folder; --maps takes a folder such as conditions/ with canny/KEY.png.")
     before = {id(record): record.maps for record in source.records}
     source = _with_sidecars(source, folder, every=True)
     if any(folder.glob("*.tar")):  # the folder of one condition
         source = _with_sidecars_of(source, folder)
     names = walk(folder, source.faults)
     keys = {record.key for record in source.records}
-    found: dict[str, dict[str, Blob]] = {}
+    added: dict[str, dict[str, Blob]] = {}
     for name in filter(is_picture, names):
         key, cond = _map_of(os.path.splitext(name)[0], keys, folder.name)
         if key is not None:
-            found.setdefault(key, {})[cond] = FileBlob(str(folder / name), name)
-    source = _adding(source, found)
+            added.setdefault(key, {})[cond] = FileBlob(str(folder / name), name)
+    source = _adding(source, added)
     if all(record.maps == before.get(id(record)) for record in source.records):
         raise UsageError(
-            f"no file in '{folder}' is a map of a picture in '{source.name}': expected e.g. "
+            f"no file in '{folder}' is a map of an image in '{source.name}': expected e.g. "
             f"'{folder}/canny/{source.records[0].key}.png'."
         )
     return source
@@ -277,15 +277,15 @@ def _with_maps(source: Source, folder: Path) -> Source:
 def _with_sidecars_of(source: Source, folder: Path) -> Source:
     added: dict[str, dict[str, Blob]] = {}
     for tar in sorted(folder.glob("*.tar")):
-        maps, wrong = list_maps(tar, folder.name)
-        source.faults.extend(wrong)
+        maps, tar_faults = list_maps(tar, folder.name)
+        source.faults.extend(tar_faults)
         for key, blob in maps.items():
             added.setdefault(key, {})[folder.name] = blob
     return _adding(source, added)
 
 
 def _map_of(stem: str, keys: set[str], folder: str) -> tuple[str | None, str]:
-    """(key, condition) of a file in a `maps` folder: `cond/KEY`, `KEY.cond`, or `KEY` in a folder named as the cond."""
+    """(key, condition) of a file in a `maps` folder: `cond/KEY`, `KEY.cond`, or `KEY` in a folder `cond`."""
     stem = stem.removeprefix("conditions/")
     cond, _, key = stem.partition("/")
     for candidate in (key, key.removesuffix(f".{cond}")):

@@ -1,4 +1,4 @@
-"""Sets that one file of JSON lines describes: Hugging Face's `metadata.jsonl` and ControlNet's `prompt.json`."""
+"""Sets described by a file of JSON lines: Hugging Face's `metadata.jsonl` and ControlNet's `prompt.json`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _IMAGE_COLUMNS = ("file_name", "image_file_name", "image")
 
 
 def read_metadata(root: Path, table: str, faults: list[Fault]) -> list[Record]:
-    """Records of the `metadata.jsonl` at `root/table`; its paths are relative to the folder that it lies in.
+    """Records of the `metadata.jsonl` at `root/table`; its paths are relative to its own folder.
 
     Columns: `file_name`; `text`, `caption` or `prompt`; `split`; `class` or `label`; `<cond>_file_name` (or a column
-    named as a condition) is a map, `conditioning_image_file_name` the map of whichever single condition is asked.
+    named after a condition) is a map, `conditioning_image_file_name` the map of whichever single condition is used.
     """
     folder = os.path.dirname(table)
     records = []
@@ -45,13 +45,13 @@ def read_metadata(root: Path, table: str, faults: list[Fault]) -> list[Record]:
 
 
 def read_prompts(root: Path, table: str, faults: list[Fault]) -> list[Record]:
-    """Records of ControlNet's `prompt.json`: rows of `source` (the map), `target` (the picture) and `prompt`."""
+    """Records of ControlNet's `prompt.json`: rows of `source` (the map), `target` (the image) and `prompt`."""
     folder = os.path.dirname(table)
     records = []
     for where, row in _rows(root, table, faults):
         target = row.get("target")
         if not isinstance(target, str):
-            faults.append(Fault(where, "has no target (the picture)"))
+            faults.append(Fault(where, "has no target (the image)"))
             continue
         image = _file(root, folder, target, where, faults)
         if image is None:
@@ -69,7 +69,7 @@ def read_prompts(root: Path, table: str, faults: list[Fault]) -> list[Record]:
 
 
 def _rows(root: Path, table: str, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of JSON lines; a file that is one JSON list of rows is read too."""
+    """(where, row) of JSON lines, or of one JSON list of rows."""
     text = (root / table).read_bytes().decode("utf-8-sig", "replace")
     if text.lstrip().startswith("["):
         try:
@@ -77,9 +77,9 @@ def _rows(root: Path, table: str, faults: list[Fault]) -> Iterator[tuple[str, di
                 if isinstance(row, dict):
                     yield f"{table}, row {i}", row
                 else:
-                    faults.append(Fault(f"{table}, row {i}", "is no JSON object"))
+                    faults.append(Fault(f"{table}, row {i}", "is not a JSON object"))
         except ValueError as error:
-            faults.append(Fault(table, f"is no valid JSON: {error}"))
+            faults.append(Fault(table, f"is not valid JSON: {error}"))
         return
     for i, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -87,24 +87,24 @@ def _rows(root: Path, table: str, faults: list[Fault]) -> Iterator[tuple[str, di
         try:
             row = json.loads(line)
         except ValueError as error:
-            faults.append(Fault(f"{table}, line {i}", f"is no valid JSON: {error}"))
+            faults.append(Fault(f"{table}, line {i}", f"is not valid JSON: {error}"))
             continue
         if isinstance(row, dict):
             yield f"{table}, line {i}", row
         else:
-            faults.append(Fault(f"{table}, line {i}", "is no JSON object"))
+            faults.append(Fault(f"{table}, line {i}", "is not a JSON object"))
 
 
 def _map_columns(row: dict[str, Any]) -> list[tuple[str, str]]:
     """(condition, column) of the columns that name a map."""
-    found = []
+    columns = []
     for column, value in row.items():
         if not isinstance(value, str) or column in _IMAGE_COLUMNS:
             continue
         cond = column.removesuffix("_file_name")
         if cond != column or ((column in MAP_FOLDERS or column == ANY) and is_picture(value)):
-            found.append((cond, column))
-    return found
+            columns.append((cond, column))
+    return columns
 
 
 def _file(root: Path, folder: str, name: str, where: str, faults: list[Fault]) -> FileBlob | None:

@@ -9,24 +9,16 @@ import torch
 
 from ..backbones.loading import Backbone, load_backbone
 from ..config import TrainConfig
-from ..data.prepared import plan as cache_plan
+from ..data.prepared import cache_plan
+from ..data.prompts import PromptRule
 from ..data.records import Source
 from ..devices import best_device, choose_precision, torch_dtype
 from ..measure import saved_bytes
 from ..sites.attaching import TunedBackbone
-from ..tuners.base import Tuner
 from .setup import build_model, build_tuner
 from .splits import split_records
 
 ADAM_STATES = 4  # float32 numbers per trained weight: the weight, its gradient, AdamW's two moments
-
-
-def on_meta(backbone: Backbone, tuner: Tuner, checkpointing: bool) -> TunedBackbone:
-    """Copies of denoiser and tuner on the meta device, as they would be trained."""
-    twin = copy.copy(backbone)
-    twin.pipe = copy.copy(backbone.pipe)
-    setattr(twin.pipe, backbone.family.denoiser_part, copy.deepcopy(backbone.denoiser).to("meta"))
-    return build_model(twin, copy.deepcopy(tuner).to("meta"), checkpointing)
 
 
 def activation_bytes(model: TunedBackbone, backbone: Backbone, conditions: tuple[str, ...], size: int) -> int:
@@ -55,7 +47,8 @@ def plan_run(
     trainable = sum(p.numel() for p in tuner.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in backbone.denoiser.parameters())
     width = torch.finfo(torch_dtype(precision)).bits // 8
-    model = on_meta(backbone, tuner, config.checkpointing)
+    twins = (copy.deepcopy(module).to("meta") for module in (backbone.denoiser, tuner))
+    model = build_model(*twins, config.checkpointing)
     activations = activation_bytes(model, backbone, config.conditions, size) * width // 4
     held = frozen + sum(buffer.numel() for buffer in model.denoiser.buffers())
     memory = activations * config.batch + held * width + trainable * 4 * (ADAM_STATES + bool(config.ema))
@@ -78,9 +71,25 @@ def plan_run(
         "activations_per_image": activations,
         "memory": memory,
         "cache": cache_plan(
-            training, backbone, size=size, conds=config.conditions, flip=config.flip, trigger=config.trigger
+            training,
+            backbone,
+            size=size,
+            conds=config.conditions,
+            flip=config.flip,
+            prompt=PromptRule(config.trigger, config.caption),
         ),
     }
+
+
+def captions(cache: dict[str, Any]) -> str:
+    """What the user should know of the captions; "" where every image has one that is read to its end."""
+    counts = {
+        f"made from class labels ({cache['caption_example']})": cache["captions_from_labels"],
+        "empty": cache["captions_empty"],
+        "longer than the text encoder reads": cache["captions_too_long"],
+    }
+    told = [f"{number} {what}" for what, number in counts.items() if number]
+    return f"; captions: {', '.join(told)}" if told else ""
 
 
 def show_plan(plan: dict[str, Any]) -> str:
@@ -94,7 +103,7 @@ def show_plan(plan: dict[str, Any]) -> str:
             f"base       {plan['base']} at {plan['size']} px",
             f"tuned      {'; '.join(plan['sites'])}",
             f"weights    {plan['trainable']:,} trained, {plan['frozen']:,} frozen ({share:.2f} %)",
-            f"data       {plan['images']} images for training, {plan['held_out']} held out",
+            f"data       {plan['images']} images for training, {plan['held_out']} held out{captions(cache)}",
             f"work       {plan['steps']} steps of {plan['batch']} images = {plan['epochs']} epochs, "
             f"{plan['precision']} on {plan['device']}",
             f"memory     about {plan['memory'] / 1e9:.2f} GB ({saved:.1f} MB of saved activations per image)",

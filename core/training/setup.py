@@ -18,6 +18,7 @@ from ..backbones.upsampling import fold_upsampling
 from ..checkpoint import load_tuner
 from ..config import TrainConfig
 from ..data.prepared import PreparedSet, prepare
+from ..data.prompts import PromptRule
 from ..data.records import Source
 from ..devices import choose_precision, torch_dtype
 from ..errors import SctoolError, UsageError
@@ -54,7 +55,7 @@ def prepare_data(
     def prepared(records: list[Any], flip: bool) -> PreparedSet:
         return prepare(
             records, backbone, size=size, conds=config.conditions, flip=flip, device=backbone.device,
-            trigger=config.trigger, progress=progress.note,
+            prompt=PromptRule(config.trigger, config.caption), progress=progress.note,
         )  # fmt: skip
 
     data = Data(prepared(training, config.flip), prepared(validation, False) if validation else None)
@@ -82,15 +83,15 @@ def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
     return tuner
 
 
-def build_model(backbone: Backbone, tuner: Tuner, checkpointing: bool = False) -> TunedBackbone:
+def build_model(denoiser: nn.Module, tuner: Tuner, checkpointing: bool = False) -> TunedBackbone:
     """Denoiser and tuner as they are trained.
 
     Upsampling is folded after attaching: an upsampler that is trained or has a hooked layer must stay as it is.
     """
-    model = TunedBackbone(backbone.denoiser, tuner)
-    fold_upsampling(backbone.denoiser)
+    model = TunedBackbone(denoiser, tuner)
+    fold_upsampling(denoiser)
     if checkpointing:
-        backbone.denoiser.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing()
     return model
 
 
@@ -132,7 +133,7 @@ def set_up(
     """Attaches the tuner, makes optimizer and objective, and restores the newest state. `data` has been prepared."""
     device = accelerator.device
     autocast = tuner.needs_autocast or precision == "fp16"  # fp32 master weights in the forward pass need it
-    model = build_model(backbone, tuner, config.checkpointing).to(device, memory_format=torch.channels_last)
+    model = build_model(backbone.denoiser, tuner, config.checkpointing).to(device, memory_format=torch.channels_last)
     parameters = [p for p in tuner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -147,7 +148,7 @@ def set_up(
     objective = DiffusionObjective(
         backbone.family,
         noising,
-        data.train.empty_text,
+        data.train.null_rows,
         config.size or backbone.resolution,
         device,
         dtype=torch.float32 if autocast else torch_dtype(precision),

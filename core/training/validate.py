@@ -61,7 +61,7 @@ class Validator:
             return {}, []
         count = min(ADHERENCE_IMAGES if self.measures else PREVIEWS, len(self.held_out))
         items = [self.held_out[i] for i in range(count)]
-        rows = {"": self.held_out.empty_text, **{item["caption"]: item["text"] for item in items}}
+        rows = {"": self.held_out.null_rows, **{item["caption"]: item["text"] for item in items}}
         requests = []
         for seed, item in enumerate(items):
             hints = {name: hint.permute(1, 2, 0).numpy() for name, hint in item["hints"].items()}

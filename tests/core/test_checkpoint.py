@@ -38,8 +38,8 @@ def tuner(base):
 def test_the_file_says_what_it_is(base, tuner, tmp_path):
     file = save_tuner(tmp_path / "tuner", tuner, base, maps={"canny": {"low": 100, "high": 200}}, run="r")
     meta = read_meta(file)
-    assert meta == json.loads(file.with_suffix(".json").read_text())
-    assert (meta["method"], meta["conditions"], meta["licence"], meta["run"]) == ("scedit", ["canny"], "openrail", "r")
+    assert json.loads(file.with_suffix(".json").read_text()) == {"run": "r", **meta}
+    assert (meta["method"], meta["conditions"], meta["licence"]) == ("scedit", ["canny"], "openrail")
     assert meta["base"] == {"id": "base-a", "hash": "a" * 64, "family": "sd"}
     assert meta["maps"] == {"canny": {"low": 100, "high": 200}}
     assert meta["skips"] == {"0": 8, "3": 16}
@@ -48,12 +48,17 @@ def test_the_file_says_what_it_is(base, tuner, tmp_path):
         assert opened.metadata()["format"] == "pt"
 
 
+def test_equal_tuners_give_equal_files(base, tuner, tmp_path):
+    first = save_tuner(tmp_path / "a", tuner, base, run="one").read_bytes()
+    assert all(save_tuner(tmp_path / "b", tuner, base, run=f"run {i}").read_bytes() == first for i in range(8))
+
+
 def test_a_file_a_tuner_folder_and_a_run_folder_are_one(base, tuner, tmp_path):
     file = save_tuner(tmp_path / "run" / "tuner" / "tuner.safetensors", tuner, base)
     assert {tuner_file(path) for path in (file, file.parent, tmp_path / "run")} == {file}
     with pytest.raises(UsageError, match="does not exist"):
         tuner_file(tmp_path / "rum")
-    with pytest.raises(UsageError, match="holds no tuner"):
+    with pytest.raises(UsageError, match="contains no tuner"):
         tuner_file(tmp_path)
 
 
@@ -69,7 +74,7 @@ def test_another_base_is_refused_unless_forced(base, tuner, tmp_path):
 
 def test_shapes_that_do_not_fit_are_refused_even_with_force(base, tuner, tmp_path):
     save_tuner(tmp_path, tuner, base)
-    with pytest.raises(SctoolError, match=r"does not fit base 'base-b'.*--force cannot help"):
+    with pytest.raises(SctoolError, match=r"does not fit base 'base-b'.*--force does not help"):
         load_tuner(tmp_path, backbone("b" * 64, "base-b", (8, 32)), force=True)
     shallow = backbone(channels=(8,))  # two skips, and the tuner edits the fourth
     with pytest.raises(SctoolError, match=r"does not fit.*out of 0\.\.1"):
@@ -79,7 +84,7 @@ def test_shapes_that_do_not_fit_are_refused_even_with_force(base, tuner, tmp_pat
 @pytest.mark.parametrize("content", [b"", b"\x80\x05pickle", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{]"])
 def test_a_damaged_file_is_named(base, tmp_path, content):
     (tmp_path / "tuner.safetensors").write_bytes(content)
-    with pytest.raises(SctoolError, match="no safetensors file, or is damaged"):
+    with pytest.raises(SctoolError, match="not a safetensors file, or is damaged"):
         load_tuner(tmp_path, base)
 
 

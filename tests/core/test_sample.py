@@ -103,7 +103,7 @@ def test_a_photograph_becomes_a_hint(tuners: dict[str, Path], tmp_path: Path) ->
         (["--hint=canny"], "NAME=FILE"),
         (["--hint=canny=nowhere.png"], "no such file"),
         (["--hint=cany={map}"], "Did you mean 'canny'?"),
-        (["--hint=canny={text}"], "no picture"),
+        (["--hint=canny={text}"], "not an image"),
         (["--size=30"], "divisible by 8"),
         (["--no-tuner"], "exclude"),
         (["--scheduler=dpm"], "scheduler"),
@@ -112,7 +112,7 @@ def test_a_photograph_becomes_a_hint(tuners: dict[str, Path], tmp_path: Path) ->
 def test_wrong_words(
     more: list[str], said: str, tuners: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("text")
     more = [m.format(map=map_file(tmp_path, 0), text=tmp_path / "text.png") for m in more]
     words = ["sample", "a cat", "--tuner", str(tuners["canny"]), *more, "--steps", "2", "--out", str(tmp_path / "out")]
     assert run(words) == 2

@@ -224,7 +224,7 @@ def test_messages(tmp_path: Path) -> None:
     (bare / "a.png").write_bytes((samples / "0.png").read_bytes())
     cases = [
         (None, quiet, "no run in"),
-        ("missing", quiet, "no run folder"),
+        ("missing", quiet, "not a run folder"),
         (tmp_path / "empty", quiet, "holds no pictures"),
         (bare, quiet, "no metadata.jsonl"),
         (samples, Options(metrics=("nmse",), quiet=True), "no hints"),
@@ -346,4 +346,4 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "evaluation.json" in capsys.readouterr().out
     assert (tmp_path / "out" / "evaluation.json").is_file()
     assert command(["evaluate", str(tmp_path / "none"), "--runs", str(tmp_path)]) == 2
-    assert "no run folder" in capsys.readouterr().err
+    assert "not a run folder" in capsys.readouterr().err

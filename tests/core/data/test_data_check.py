@@ -41,13 +41,13 @@ def spoilt(tmp_path):
 EXPECTED = {
     "nocaption.png": "has no caption",
     "nomap.png": "has no canny map",
-    "canny/wide.png": "other proportions than its picture: 60x20 for a picture of 60x40",
-    "canny/badmap.png": "is no picture",
-    "text.jpg": "is no picture",
+    "canny/wide.png": "and its image differ in proportions: 60x20 for an image of 60x40",
+    "canny/badmap.png": "is not an image",
+    "text.jpg": "is not an image",
     "zero.jpg": "is empty (0 bytes)",
     "dot.jpg": "is 1x1 pixels, smaller than 8",
     "cut.jpg": "cut off",
-    "good.png": "the key 'good' is taken by good.PNG",
+    "good.png": "the key 'good' is already used by good.PNG",
 }
 
 
@@ -61,7 +61,7 @@ def test_every_fault_is_named_at_once(spoilt):
 
 
 def test_shallow_look_reads_headers_only(spoilt):
-    found = {fault.where for fault in check(open_source(spoilt), need_text=False, deep=False)}
+    found = {fault.where for fault in check(open_source(spoilt), prompt=None, deep=False)}
     assert found == {"text.jpg", "zero.jpg", "dot.jpg", "good.png"}
 
 

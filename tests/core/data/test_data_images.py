@@ -88,11 +88,11 @@ def test_transparency_is_laid_on_white():
     ("data", "reason"),
     [
         (b"", "is empty"),
-        (b"a caption, not a picture\n", "is no picture"),
+        (b"a caption, not a picture\n", "is not an image"),
         (save(Image.fromarray(SMOOTH), "JPEG")[:-300], "cut off"),
         (save(Image.fromarray(SMOOTH), "JPEG")[:-2], "cut off"),
         (save(Image.fromarray(SMOOTH), "PNG")[:-200], "cut off"),
-        (save(Image.fromarray(SMOOTH), "PNG")[:20], "(damaged header|no picture)"),
+        (save(Image.fromarray(SMOOTH), "PNG")[:20], "(damaged header|not an image)"),
         (giant_png(30_000, 30_000), "pixels; scale it down"),
         (giant_png(14_000, 13_000), f"more than {MAX_PIXELS:,}"),
         (save(Image.fromarray(np.zeros((3, 3), np.float32)), "TIFF"), "floating-point"),

@@ -72,7 +72,7 @@ def test_imagefolder_columns(tmp_path):
     assert set(a.maps) == {"canny", "color", ANY}
     assert a.map_for("canny").name == "edges/a.png"
     assert a.map_for("depth").name == "maps/a.png"
-    assert a.map_for("depth", alone=False) is None
+    assert a.map_for("depth", only=False) is None
 
 
 def test_metadata_in_split_folders(tmp_path):
@@ -159,7 +159,7 @@ def test_maps_folder_of_one_condition(tmp_path):
     put(tmp_path / "edges/a.png", picture(7))
     assert set(open_source(tmp_path / "set", tmp_path / "edges").records[0].maps) == {"edges"}
     put(tmp_path / "other/z.png", picture(7))
-    with pytest.raises(UsageError, match="is a map of a picture"):
+    with pytest.raises(UsageError, match="is a map of an image"):
         open_source(tmp_path / "set", tmp_path / "other")
 
 
@@ -170,7 +170,7 @@ def test_missing_folder_names_the_nearest(tmp_path):
     (tmp_path / "flowers").mkdir()
     with pytest.raises(UsageError, match=r"Did you mean '.*flowers'"):
         open_source(tmp_path / "flowrs")
-    with pytest.raises(UsageError, match="there is no"):
+    with pytest.raises(UsageError, match="does not exist"):
         open_source(tmp_path / "no" / "such" / "place")
 
 
@@ -178,12 +178,12 @@ def test_empty_and_pictureless_folders(tmp_path):
     with pytest.raises(UsageError, match="is empty"):
         open_source(tmp_path)
     put(tmp_path / "notes.md", "text")
-    with pytest.raises(UsageError, match="holds no pictures"):
+    with pytest.raises(UsageError, match="contains no images"):
         open_source(tmp_path)
     with pytest.raises(UsageError, match="give the folder"):
         open_source(tmp_path / "notes.md")
     put(tmp_path / "metadata.jsonl", lines({"file_name": "gone.png"}))
-    with pytest.raises(UsageError, match=r"line 1: 'gone.png': there is no such file"):
+    with pytest.raises(UsageError, match=r"line 1: 'gone.png': no such file"):
         open_source(tmp_path)
 
 
@@ -200,7 +200,7 @@ def test_rows_that_are_wrong_are_listed_together(tmp_path):
         "metadata.jsonl, line 4",
         "metadata.jsonl, line 5",
     ]
-    assert "the key 'a' is taken" in source.faults[5].reason
+    assert "the key 'a' is already used" in source.faults[5].reason
 
 
 # ------------------------------------------------------------------------------------------------------ security
@@ -256,9 +256,9 @@ def test_duplicate_keys_and_damaged_shards(tmp_path):
     assert [record.key for record in source.records][:2] == ["a", "b"]
     text = reasons(source)
     assert "0.tar:b.png: occurs twice" in text
-    assert "1.tar:a.png: the key 'a' is taken by 0.tar:a.png" in text
-    assert "1.tar:c.canny.png: is a map without a picture" in text
-    assert "2.tar: is no whole uncompressed tar" in text
+    assert "1.tar:a.png: the key 'a' is already used by 0.tar:a.png" in text
+    assert "1.tar:c.canny.png: is a map without an image" in text
+    assert "2.tar: is not a complete uncompressed tar" in text
 
 
 @pytest.mark.shared

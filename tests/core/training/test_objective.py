@@ -32,6 +32,7 @@ class Recorder(nn.Module):
     def __init__(self, prediction):
         super().__init__()
         self.prediction = prediction
+        self.hints: dict[str, torch.Tensor] | None = None
 
     def forward(self, latents, t, rows, hints=None):
         self.latents, self.t, self.rows, self.hints = latents, t, rows, hints
@@ -147,6 +148,7 @@ def test_dropped_captions_become_the_null_row_and_dropped_hints_black():
     assert (rows[1] == 7).all()
     assert net.rows["label"].tolist() == [0, 99, 2]
     assert net.rows["label"].dtype == torch.int64
+    assert net.hints is not None
     assert not net.hints["canny"][[0, 2]].any()
     torch.testing.assert_close(net.hints["canny"][1], items["hints"]["canny"][1] / 255)
     torch.testing.assert_close(net.hints["color"], items["hints"]["color"] / 255)

@@ -208,7 +208,7 @@ def test_two_processes_equal_one(tiny_base: Path, edges: Path, tmp_path: Path) -
 
 def test_other_settings_under_the_same_name_are_refused(tiny_base: Path, edges: Path, tmp_path: Path) -> None:
     open_run(tmp_path, "run", config(tiny_base, edges))
-    with pytest.raises(UsageError, match=r"lr \(0.01 there, 0.5 now\)"):
+    with pytest.raises(UsageError, match=r"lr \(0.01 before, 0.5 now\)"):
         open_run(tmp_path, "run", config(tiny_base, edges, lr=0.5))
 
 
