@@ -72,6 +72,15 @@ def test_maps_without_a_record_are_refused(tmp_path: Path, edges: Path) -> None:
     ensure_maps(open_source(edges), ("canny",), 32, tmp_path / "cache")
 
 
+def test_a_note_with_one_image_says_nothing_of_the_others(tmp_path: Path) -> None:
+    out = annotated(folder_of(tmp_path / "src", 2), tmp_path / "out", "canny:low=50")
+    shutil.rmtree(out / ".sctool")
+    source = open_source(out)
+    source.records[1].meta.pop("conditions")
+    with pytest.raises(UsageError, match="no record of how they were made"):
+        ensure_maps(source, ("canny:low=50",), 48, tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("made_with", "others"),
     [
