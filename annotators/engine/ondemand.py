@@ -96,8 +96,10 @@ def recorded(records: Iterable[Record], conds: Iterable[str]) -> dict[str, dict[
     settings: dict[str, dict[str, Any]] = {}
     names = list(conds)
     for record in records:
-        for name, params in _notes(record).items():
-            if name not in names or not isinstance(params, dict):
+        notes = _notes(record)
+        for name in names:
+            params = notes.get(name)
+            if not isinstance(params, dict):
                 continue
             common = settings.setdefault(name, dict(params))
             for key in [k for k in common if not k.endswith("_varies") and common[k] != params.get(k)]:
@@ -138,8 +140,9 @@ def _check_settings(source: Source, spec: ConditionSpec, maps: str | None) -> No
         params |= recorded(records, [spec.name]).get(spec.name, {})
     if not records or annotator.made_with_same_settings(params):
         return
-    shown = [f"{key}={params[key]}" for key in annotator.Settings.model_fields if key in params]
-    shown += [f"{key.removesuffix('_varies')} that varies" for key in params if key.endswith("_varies")]
+    varying = [key for key in annotator.Settings.model_fields if f"{key}_varies" in params]
+    fixed = [key for key in annotator.Settings.model_fields if key in params and key not in varying]
+    shown = [*(f"{key}={params[key]}" for key in fixed), *(f"varying {key}" for key in varying)]
     how = f"were made with {', '.join(shown)}" if shown else "have no record of how they were made"
     raise UsageError(
         f"--cond {spec} does not fit '{source.name}': its {spec.name} maps {how}. Leave the settings out (--cond "
