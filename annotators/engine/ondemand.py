@@ -67,8 +67,8 @@ def ensure_maps(
     source = _name_single_map(source, specs)
     noted = recorded(source.records, [spec.name for spec in specs])
     for spec in specs:
-        if spec.settings and any(spec.name in record.maps for record in source.records):
-            _check_settings(source, spec, noted.get(spec.name, {}), maps)
+        if spec.settings:
+            _check_settings(source, spec, maps)
     missing = [spec for spec in specs if any(spec.name not in record.maps for record in source.records)]
     if not missing:
         return source, noted
@@ -96,10 +96,9 @@ def recorded(records: Iterable[Record], conds: Iterable[str]) -> dict[str, dict[
     settings: dict[str, dict[str, Any]] = {}
     names = list(conds)
     for record in records:
-        noted = record.meta.get("conditions")
-        noted = json.loads(noted) if isinstance(noted, str) else noted
+        notes = _notes(record)
         for name in names:
-            params = (noted or {}).get(name)
+            params = notes.get(name)
             if not isinstance(params, dict):
                 continue
             common = settings.setdefault(name, dict(params))
@@ -107,6 +106,12 @@ def recorded(records: Iterable[Record], conds: Iterable[str]) -> dict[str, dict[
                 del common[key]
                 common[f"{key}_varies"] = True
     return settings
+
+
+def _notes(record: Record) -> dict[str, Any]:
+    """What `annotate` noted with the image about the maps of each condition."""
+    noted = record.meta.get("conditions")
+    return (json.loads(noted) if isinstance(noted, str) else noted) or {}
 
 
 def _name_single_map(source: Source, specs: Sequence[ConditionSpec]) -> Source:
@@ -121,26 +126,34 @@ def _name_single_map(source: Source, specs: Sequence[ConditionSpec]) -> Source:
     return replace(source, records=records)
 
 
-def _check_settings(source: Source, spec: ConditionSpec, noted: Params, maps: str | None) -> None:
-    """Raises `UsageError` unless the set's maps of a condition are known to be made with exactly these settings.
+def _check_settings(source: Source, spec: ConditionSpec, maps: str | None) -> None:
+    """Raises `UsageError` if the set has maps of the condition that are not known to be made with exactly its settings.
 
-    noted: what `annotate` noted with the images. The settings file of an annotated set completes it, and replaces it
-    where the maps lie in a folder of their own.
+    What `annotate` noted with the images decides. The settings file of an annotated set adds what is not noted there,
+    and is used alone if the maps are in a folder of their own.
     """
     (annotator,) = make_annotators([str(spec)])
+    records = [record for record in source.records if spec.name in record.maps]
     folder = Path(maps).expanduser() if maps else source.root
-    written = (read_settings(folder) if folder else None) or {}
-    identity = next((one for one in written.get("conditions", ()) if one.get("name") == spec.name), {})
-    params = identity if maps else {**identity, **noted}
-    if annotator.made_with_same_settings(params):
+    params = _settings_of_set(folder, spec.name) if folder else {}
+    if not maps and all(spec.name in _notes(record) for record in records):
+        params |= recorded(records, [spec.name]).get(spec.name, {})
+    if not records or annotator.made_with_same_settings(params):
         return
-    shown = [f"{key}={params[key]}" for key in annotator.Settings.model_fields if key in params]
-    shown += [f"{key.removesuffix('_varies')} that varies" for key in params if key.endswith("_varies")]
+    varying = [key for key in annotator.Settings.model_fields if f"{key}_varies" in params]
+    fixed = [key for key in annotator.Settings.model_fields if key in params and key not in varying]
+    shown = [*(f"{key}={params[key]}" for key in fixed), *(f"varying {key}" for key in varying)]
     how = f"were made with {', '.join(shown)}" if shown else "have no record of how they were made"
     raise UsageError(
         f"--cond {spec} does not fit '{source.name}': its {spec.name} maps {how}. Leave the settings out (--cond "
         f"{spec.name}) to use these maps, or make others: sctool annotate {source.root or source.name} --cond {spec}"
     )
+
+
+def _settings_of_set(folder: Path, cond: str) -> Params:
+    """The settings that an annotated set's maps of a condition were made with; {} if they are not known."""
+    identities = (read_settings(folder) or {}).get("conditions", ())
+    return next((dict(identity) for identity in identities if identity.get("name") == cond), {})
 
 
 def _refuse_networks(source: Source, specs: Sequence[ConditionSpec], annotators: Sequence[Annotator]) -> None:

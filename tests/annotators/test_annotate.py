@@ -101,10 +101,10 @@ def test_merged_folder_is_read_by_datasets_and_by_sctool(tmp_path):
     assert rows[1]["text"] == "picture 1"
     assert rows[1]["class"] == "b"
     assert os.stat(tmp_path / "out/a/000.jpg").st_ino == os.stat(src / "a/000.jpg").st_ino
-    made = json.loads(rows[0]["conditions"])
-    assert (made["canny"]["low"], made["canny"]["high"]) == (100, 200)
-    assert made["canny"]["opencv"] == cv2.__version__
-    assert set(made) == {"canny", "color", "mask", "source_sha256"}
+    noted = json.loads(rows[0]["conditions"])
+    assert (noted["canny"]["low"], noted["canny"]["high"]) == (100, 200)
+    assert noted["canny"]["opencv"] == cv2.__version__
+    assert set(noted) == {"canny", "color", "mask", "source_sha256"}
 
     import datasets
 
@@ -378,12 +378,12 @@ def bad_pictures() -> dict[str, bytes]:
 def odd_pictures() -> dict[str, tuple[bytes, np.ndarray]]:
     """Files that are unusual but fine, with the RGB pixels that they show."""
     rgb = crop(5)
-    found = {}
+    pictures = {}
 
     def save(name: str, image: Image.Image, pixels: np.ndarray, kind: str, **more) -> None:
         buffer = io.BytesIO()
         image.save(buffer, kind, **more)
-        found[name] = buffer.getvalue(), pixels
+        pictures[name] = buffer.getvalue(), pixels
 
     deep = Image.fromarray(rgb[..., 0].astype(np.uint16) * 257)
     save("deep.png", deep, np.repeat(rgb[..., :1], 3, 2), "PNG")
@@ -402,7 +402,7 @@ def odd_pictures() -> dict[str, tuple[bytes, np.ndarray]]:
     )
     cmyk = Image.fromarray(rgb).convert("CMYK")
     save("cmyk.jpg", cmyk, rgb, "JPEG", quality=100)
-    return found
+    return pictures
 
 
 def test_bad_pictures_are_listed_and_never_end_the_run(tmp_path):
@@ -523,8 +523,8 @@ def test_misspelt_flags_name_the_nearest(tmp_path, capsys):
 
 def test_training_gets_maps_on_its_own_pixels(tmp_path):
     src = open_source(str(folder_of(tmp_path / "src", 3)))
-    ready, made = ensure_maps(src, ("canny", "color:ratio=16", "mask"), 48, tmp_path / "cache")
-    assert made["color"]["ratio"] == 16
+    ready, settings = ensure_maps(src, ("canny", "color:ratio=16", "mask"), 48, tmp_path / "cache")
+    assert settings["color"]["ratio"] == 16
     assert not src.records[0].maps
     geometry = Geometry(48)
     for record in ready.records:
@@ -551,7 +551,7 @@ def test_a_condition_that_needs_a_model_names_the_command(tmp_path, monkeypatch)
 
 def test_how_maps_were_made_is_read_back_from_an_annotated_set(tmp_path):
     go(shards_of(tmp_path / "src", 1, 3), tmp_path / "out", cond=("canny:low=50",))
-    source, made = ensure_maps(open_source(tmp_path / "out"), ["canny"], 64, tmp_path / "cache")
-    assert (made["canny"]["low"], made["canny"]["high"]) == (50, 200)
+    source, settings = ensure_maps(open_source(tmp_path / "out"), ["canny"], 64, tmp_path / "cache")
+    assert (settings["canny"]["low"], settings["canny"]["high"]) == (50, 200)
     varied = [replace(r, meta={"conditions": {"canny": {"low": i, "high": 200}}}) for i, r in enumerate(source.records)]
     assert recorded(varied, ["canny"]) == {"canny": {"high": 200, "low_varies": True}}

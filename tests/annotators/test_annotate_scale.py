@@ -102,7 +102,7 @@ def test_a_killed_worker_costs_its_unit_and_not_the_run(tmp_path):
 
 def children(pid: int) -> list[int]:
     """Worker processes of `pid`; not multiprocessing's own resource tracker."""
-    found = []
+    pids = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(status.read_text().rpartition(")")[2].split()[1])
@@ -110,8 +110,8 @@ def children(pid: int) -> list[int]:
         except (OSError, IndexError):
             continue
         if parent == pid and b"spawn_main" in words:
-            found.append(int(status.parent.name))
-    return found
+            pids.append(int(status.parent.name))
+    return pids
 
 
 def kill_one(pids: list[int]) -> bool:
@@ -137,11 +137,11 @@ def test_a_job_that_kills_every_worker_is_named_and_the_rest_is_done(tmp_path):
         "    import deadly\n"
         "    run_jobs(deadly.work, ['a', 'bad', 'b', 'c'], 2, lambda n: None)\n"
     )
-    made = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "deadly.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
     )  # fmt: skip
-    assert "SctoolError: worker processes died at bad, 2 at each" in made.stderr
+    assert "SctoolError: worker processes died at bad, 2 at each" in finished.stderr
     assert [(tmp_path / name).read_text() for name in "abc"] == ["x", "x", "x"]
 
 
@@ -151,8 +151,8 @@ def test_a_ray_cluster_gives_the_same_bytes(tmp_path):
     src = shards_of(tmp_path / "src", 4, 5)
     go(src, tmp_path / "one", jobs=1)
     words = [sys.executable, "-m", "sctool", "annotate", str(src), "--cond", COND[0], "--out", str(tmp_path / "ray")]
-    made = subprocess.run([*words, "--ray", "local", "-j", "2"], capture_output=True, text=True, timeout=240)
-    assert made.returncode == 0, made.stderr
+    finished = subprocess.run([*words, "--ray", "local", "-j", "2"], capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
     assert tree(tmp_path / "ray") == tree(tmp_path / "one")
 
 
@@ -190,9 +190,9 @@ def test_listing_shards_reads_no_member(tmp_path, monkeypatch):
     (src / "conditions/depth").mkdir(parents=True)
     (src / "conditions/depth/00001.tar").write_bytes((src / "00001.tar").read_bytes())
     monkeypatch.setattr(sources, "read_shard", None)
-    found = sources.open_shards(src)
-    assert found is not None
-    assert [(s.name, len(s.sidecars)) for s in found[1]] == [("00000.tar", 0), ("00001.tar", 1), ("00002.tar", 0)]
+    opened = sources.open_shards(src)
+    assert opened is not None
+    assert [(s.name, len(s.sidecars)) for s in opened[1]] == [("00000.tar", 0), ("00001.tar", 1), ("00002.tar", 0)]
     assert sources.open_shards("photos") is None
 
 
@@ -205,13 +205,13 @@ def test_maps_beside_a_shard_are_carried_into_the_merged_set(tmp_path):
         names = set(tar.getnames())
         mask = tar.extractfile("000010002.mask.png")
         assert mask is not None
-        kept = mask.read()
+        carried = mask.read()
     assert {"000010002.canny.png", "000010002.color.png", "000010002.mask.png"} <= names
     with tarfile.open(src / "conditions/mask/00001.tar") as tar:
         original = tar.extractfile("000010002.mask.png")
         assert original is not None
-        assert original.read() == kept
-    assert np.asarray(Image.open(io.BytesIO(kept))).shape == (96, 96)
+        assert original.read() == carried
+    assert np.asarray(Image.open(io.BytesIO(carried))).shape == (96, 96)
 
 
 def test_workers_share_the_gpus(monkeypatch):
@@ -220,9 +220,9 @@ def test_workers_share_the_gpus(monkeypatch):
 
     heavy = (ANNOTATORS["hed"](),)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
-    for visible, found, workers in (("", 0, 12), ("-1", 0, 12), ("3", 1, 2), ("0,GPU-ab", 2, 4)):
+    for visible, devices, workers in (("", 0, 12), ("-1", 0, 12), ("3", 1, 2), ("0,GPU-ab", 2, 4)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert len(pool.gpus()) == found
+        assert len(pool.gpus()) == devices
         assert run._workers(None, 9, heavy) == workers
     assert run._workers(None, 9, ()) == 1
     assert run._workers(5, 9, heavy) == 5

@@ -23,16 +23,16 @@ PHOTOS = {"astronaut": data.astronaut()[:, :384], "chelsea": data.chelsea(), "ro
 
 
 def one(spec: str, image: np.ndarray, key: str = "k", seed: int = 0):
-    ((made, params),) = annotator(spec, seed)([np.ascontiguousarray(image)], [key])
-    return made, params
+    ((map, params),) = annotator(spec, seed)([np.ascontiguousarray(image)], [key])
+    return map, params
 
 
 @pytest.mark.parametrize("name", PHOTOS)
 @pytest.mark.parametrize(("low", "high"), [(100, 200), (50, 150)])
 def test_canny_is_cv2_on_rgb(name, low, high):
     image = np.ascontiguousarray(PHOTOS[name])
-    made, params = one("canny" if low == 100 else f"canny:low={low},high={high}", image)
-    assert np.array_equal(made, cv2.Canny(image, low, high))
+    map, params = one("canny" if low == 100 else f"canny:low={low},high={high}", image)
+    assert np.array_equal(map, cv2.Canny(image, low, high))
     assert params == {"low": low, "high": high}
 
 
@@ -55,10 +55,10 @@ def test_color_is_the_published_palette():
     image = PHOTOS["chelsea"]
     height, width = image.shape[:2]
     small = cv2.resize(image, (width // 64, height // 64), interpolation=cv2.INTER_CUBIC)
-    made, params = one("color", image)
-    assert np.array_equal(made, small)
+    map, params = one("color", image)
+    assert np.array_equal(map, small)
     full = cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST)
-    assert np.array_equal(enlarge(made, params["width"], params["height"]), full)
+    assert np.array_equal(enlarge(map, params["width"], params["height"]), full)
     area, _ = one("color:filter=area,ratio=100", image)
     assert np.array_equal(area, cv2.resize(image, (width // 100, height // 100), interpolation=cv2.INTER_AREA))
 
@@ -82,9 +82,9 @@ def test_masks_cover_the_same_share_at_every_size(preset):
 def test_mask_polarity_area_and_odd_sizes():
     for shape in ((2, 2), (3, 500), (700, 20), (256, 512)):
         for i in range(20):
-            made, params = one("mask:preset=thick", np.zeros((*shape, 3), np.uint8), str(i))
-            assert made.shape == shape
-            assert params["share"] == pytest.approx((made == 255).mean(), abs=1e-6)
+            map, params = one("mask:preset=thick", np.zeros((*shape, 3), np.uint8), str(i))
+            assert map.shape == shape
+            assert params["share"] == pytest.approx((map == 255).mean(), abs=1e-6)
             if min(shape) > 50:
                 assert params["share"] <= 0.5
 
@@ -98,9 +98,9 @@ def test_masks_differ_between_keys_and_seeds_only():
 
 @pytest.mark.parametrize("name", [name for name in ANNOTATORS if not condition(name).network])
 def test_a_map_does_not_hang_on_its_batch(name):
-    made = annotator(name)
+    instance = annotator(name)
     images = [np.ascontiguousarray(image) for image in PHOTOS.values()]
-    together = made(images, list(PHOTOS))
+    together = instance(images, list(PHOTOS))
     for i in reversed(range(len(images))):
         ((alone, params),) = annotator(name)([images[i]], [list(PHOTOS)[i]])
         assert np.array_equal(alone, together[i][0])
@@ -111,15 +111,15 @@ def test_outpainting_keeps_one_rectangle_of_the_asked_share():
     image = np.zeros((96, 160, 3), np.uint8)
     shares, shapes = [], set()
     for i in range(200):
-        made, params = one("outpaint:keep=0.1-0.5", image, str(i))
+        map, params = one("outpaint:keep=0.1-0.5", image, str(i))
         left, top, right, bottom = params["kept"]
         expected = np.full((96, 160), 255, np.uint8)
         expected[top:bottom, left:right] = 0
-        assert np.array_equal(made, expected)
+        assert np.array_equal(map, expected)
         assert 0 <= left < right <= 160
         assert 0 <= top < bottom <= 96
-        assert params["share"] == pytest.approx((made == 255).mean(), abs=1e-6)
-        shares.append((made == 0).mean())
+        assert params["share"] == pytest.approx((map == 255).mean(), abs=1e-6)
+        shares.append((map == 0).mean())
         shapes.add((left, top))
     assert 0.09 < min(shares) < 0.15
     assert 0.45 < max(shares) < 0.51
@@ -129,14 +129,14 @@ def test_outpainting_keeps_one_rectangle_of_the_asked_share():
 def test_outpainting_around_the_centre():
     for shape in ((96, 160), (2, 2), (1, 40), (40, 1), (3, 500)):
         for i in range(20):
-            made, params = one("outpaint:centre=true,keep=0.4", np.zeros((*shape, 3), np.uint8), str(i))
+            map, params = one("outpaint:centre=true,keep=0.4", np.zeros((*shape, 3), np.uint8), str(i))
             left, top, right, bottom = params["kept"]
             assert abs(left - (shape[1] - right)) <= 1
             assert abs(top - (shape[0] - bottom)) <= 1
-            assert set(np.unique(made)) == {0, 255}
-    made, _ = one("outpaint:centre=true,keep=0.25", np.zeros((100, 200, 3), np.uint8))
-    assert (made[25:75, 50:150] == 0).all()
-    assert (made == 0).mean() == 0.25
+            assert set(np.unique(map)) == {0, 255}
+    map, _ = one("outpaint:centre=true,keep=0.25", np.zeros((100, 200, 3), np.uint8))
+    assert (map[25:75, 50:150] == 0).all()
+    assert (map == 0).mean() == 0.25
 
 
 def test_outpainting_hangs_on_seed_and_key():
@@ -149,11 +149,11 @@ def test_outpainting_hangs_on_seed_and_key():
 
 def test_outpainting_shows_what_is_kept():
     image = np.ascontiguousarray(PHOTOS["chelsea"])
-    made, params = one("outpaint", image)
+    map, params = one("outpaint", image)
     left, top, right, bottom = params["kept"]
-    hint = condition("outpaint").render(made, image)
+    hint = condition("outpaint").render(map, image)
     assert np.array_equal(hint[top:bottom, left:right], image[top:bottom, left:right])
-    assert not hint[made == 255].any()
+    assert not hint[map == 255].any()
     assert condition("outpaint").needs_image
 
 
@@ -213,11 +213,11 @@ def test_wrong_conditions_are_named(spec, words):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (8, 8), (5, 17), (64, 33), (200, 513)])
 def test_one_bit_maps_are_read_back_by_every_reader(shape):
     rng = np.random.default_rng(0)
-    for made in (rng.integers(0, 2, shape, dtype=np.uint8) * np.uint8(255), np.zeros(shape, np.uint8)):
-        content = encode_png(made, bilevel=True)
-        assert np.array_equal(cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE), made)
+    for map in (rng.integers(0, 2, shape, dtype=np.uint8) * np.uint8(255), np.zeros(shape, np.uint8)):
+        content = encode_png(map, bilevel=True)
+        assert np.array_equal(cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE), map)
         with Image.open(io.BytesIO(content)) as image:
             assert image.mode == "1"
-            assert np.array_equal(np.array(image.convert("L")), made)
+            assert np.array_equal(np.array(image.convert("L")), map)
         with Image.open(io.BytesIO(content)) as image:
             image.verify()  # the checksums

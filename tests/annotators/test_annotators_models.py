@@ -222,9 +222,9 @@ def test_hed_has_the_published_layout():
 
 
 def test_hed_is_the_published_algorithm_at_the_pictures_own_size(hed_file):
-    made = annotator(f"hed:model={hed_file}")(IMAGES, KEYS)
+    results = annotator(f"hed:model={hed_file}")(IMAGES, KEYS)
     state = torch.load(hed_file, weights_only=True)
-    for image, (map, params) in zip(IMAGES, made, strict=True):
+    for image, (map, params) in zip(IMAGES, results, strict=True):
         height, width = image.shape[:2]
         padded = np.pad(image, ((0, -height % 16), (0, -width % 16), (0, 0)), mode="edge")
         edge = hed_restated(state, padded)[:height, :width]
@@ -378,10 +378,10 @@ def test_pidinet_is_the_published_network(tmp_path):
 
 @pytest.mark.parametrize("name", DEPTHS)
 def test_depth_is_transformers_own_depth_stretched(nets, name):
-    made = annotator(f"depth:model={nets / name}")(IMAGES, KEYS)
+    results = annotator(f"depth:model={nets / name}")(IMAGES, KEYS)
     network = tf.AutoModelForDepthEstimation.from_pretrained(nets / name).eval()
     processor = tf.AutoImageProcessor.from_pretrained(nets / name)
-    for image, (map, params) in zip(IMAGES, made, strict=True):
+    for image, (map, params) in zip(IMAGES, results, strict=True):
         square = {"keep_aspect_ratio": False} if name == "dpt" else {}
         with torch.no_grad():
             outputs = network(**processor(images=image, return_tensors="pt", **square))
@@ -393,7 +393,7 @@ def test_depth_is_transformers_own_depth_stretched(nets, name):
         assert differs(map, (depth * 255).astype(np.uint8)) <= 1
         assert (map.min(), map.max()) == (0, 255)
         assert params["metric"] == (name == "zoe")
-    assert max(differs(a, b) for a, (b, _) in zip(alone(f"depth:model={nets / name}"), made, strict=True)) <= 1
+    assert max(differs(a, b) for a, (b, _) in zip(alone(f"depth:model={nets / name}"), results, strict=True)) <= 1
 
 
 def test_flat_depth_is_black():
@@ -413,7 +413,7 @@ def test_near_is_white_for_both_kinds_of_depth():
 
 @pytest.mark.parametrize("name", SEGS)
 def test_seg_is_transformers_own_segmentation(nets, name):
-    made = annotator(f"seg:model={nets / name}")(IMAGES, KEYS)
+    results = annotator(f"seg:model={nets / name}")(IMAGES, KEYS)
     config = tf.AutoConfig.from_pretrained(nets / name)
     assert config.architectures
     network = getattr(tf, config.architectures[0]).from_pretrained(nets / name).eval()
@@ -424,16 +424,16 @@ def test_seg_is_transformers_own_segmentation(nets, name):
     else:
         images = tf.AutoImageProcessor.from_pretrained(nets / name)
         inputs = [images(images=image, return_tensors="pt") for image in IMAGES]
-    for image, prepared, (map, params) in zip(IMAGES, inputs, made, strict=True):
+    for image, prepared, (map, params) in zip(IMAGES, inputs, results, strict=True):
         with torch.no_grad():
             outputs = network(**prepared)
         (ids,) = images.post_process_semantic_segmentation(outputs, target_sizes=[image.shape[:2]])
         assert map.shape == image.shape[:2]
         assert (map != ids.numpy()).mean() < 0.001
         assert params["classes"] == 150
-    assert len(np.unique(made[0][0])) > 1
+    assert len(np.unique(results[0][0])) > 1
     single = alone(f"seg:model={nets / name}")
-    assert max((a != b).mean() for a, (b, _) in zip(single, made, strict=True)) < 0.001
+    assert max((a != b).mean() for a, (b, _) in zip(single, results, strict=True)) < 0.001
 
 
 def test_more_classes_than_a_byte_holds_are_refused(tmp_path):
@@ -456,15 +456,15 @@ def pose(nets: Path, model: str = "vitpose", **settings: object) -> str:
 
 @pytest.mark.parametrize("name", ["vitpose", "vitpose-plus"])
 def test_pose_is_transformers_own_pose(nets, name):
-    made = annotator(pose(nets, name))
-    found = made(IMAGES, KEYS)
-    assert sum(params["n_persons"] for _, params in found) > 3
+    instance = annotator(pose(nets, name))
+    results = instance(IMAGES, KEYS)
+    assert sum(params["n_persons"] for _, params in results) > 3
     detector = tf.RTDetrForObjectDetection.from_pretrained(nets / "rtdetr").eval()
     processor = tf.AutoImageProcessor.from_pretrained(nets / "rtdetr")
     vitpose = tf.VitPoseForPoseEstimation.from_pretrained(nets / name).eval()
     joints = tf.AutoImageProcessor.from_pretrained(nets / name)
     off = []
-    for image, (map, params) in zip(IMAGES, found, strict=True):
+    for image, (map, params) in zip(IMAGES, results, strict=True):
         height, width = image.shape[:2]
         persons = params["persons"]
         with torch.no_grad():
@@ -490,8 +490,8 @@ def test_pose_is_transformers_own_pose(nets, name):
 
 
 def test_crops_are_the_processors_own(nets):
-    made = annotator(pose(nets))
-    network = load_transformer("x", made.weights, "fp32", ("VitPoseForPoseEstimation",))
+    instance = annotator(pose(nets))
+    network = load_transformer("x", instance.weights, "fp32", ("VitPoseForPoseEstimation",))
     image = np.ascontiguousarray(data.astronaut()[:200, :300])
     boxes = [
         np.array(box) for box in ([40.5, 20.25, 120.0, 190.0, 1], [-0.0, 0.0, 300.0, 90.0, 1], [280, 150, 300, 200, 1])
@@ -513,10 +513,10 @@ def test_nobody_is_a_black_map(nets):
 
 def test_pictures_with_and_without_persons_in_one_batch(nets):
     blank = np.zeros((40, 40, 3), np.uint8)
-    found = annotator(pose(nets))([*IMAGES, blank], [*KEYS, "d"])
+    results = annotator(pose(nets))([*IMAGES, blank], [*KEYS, "d"])
     again = annotator(pose(nets))(IMAGES, KEYS)
-    assert [params["n_persons"] for _, params in found[:3]] == [params["n_persons"] for _, params in again]
-    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(found, again, strict=False))
+    assert [params["n_persons"] for _, params in results[:3]] == [params["n_persons"] for _, params in again]
+    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(results, again, strict=False))
 
 
 def test_other_joints_than_cocos_are_refused(nets):
@@ -540,8 +540,8 @@ def person(kind: str) -> list[list[float]]:
 
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_persons_are_drawn_as_published(kind):
-    made = draw_poses([person(kind)], 512, 512, 0.3)
-    assert hashlib.sha256(made.tobytes()).hexdigest()[:16] == GOLDEN[kind]
+    drawing = draw_poses([person(kind)], 512, 512, 0.3)
+    assert hashlib.sha256(drawing.tobytes()).hexdigest()[:16] == GOLDEN[kind]
 
 
 @pytest.mark.parametrize("kind", GOLDEN)
@@ -594,28 +594,28 @@ def test_a_map_does_not_hang_on_its_batch(specs, name):
 
 @pytest.mark.parametrize("name", ["hed", "depth", "seg", "pose"])
 def test_a_pickled_annotator_is_small_and_does_the_same(specs, name):
-    made = annotator(specs[name])
-    before = made(IMAGES[:1], ["a"])
-    sent = pickle.dumps(made)
+    instance = annotator(specs[name])
+    before = instance(IMAGES[:1], ["a"])
+    sent = pickle.dumps(instance)
     assert len(sent) < 4000
     received = pickle.loads(sent)
-    assert received.id == made.id
+    assert received.id == instance.id
     assert np.array_equal(received(IMAGES[:1], ["a"])[0][0], before[0][0])
 
 
 def test_identity_is_what_decides_the_map(specs, nets, tmp_path):
-    made = annotator(specs["depth"])
+    instance = annotator(specs["depth"])
     weights = hashlib.sha256((nets / "anything" / "model.safetensors").read_bytes()).hexdigest()
-    assert made.id["weights_sha256"] == weights
-    assert (made.id["version"], made.id["model"]) == ("depth-1", "anything")
-    assert made.id["dtype"] == "fp32"
-    assert made.needs_weights
+    assert instance.id["weights_sha256"] == weights
+    assert (instance.id["version"], instance.id["model"]) == ("depth-1", "anything")
+    assert instance.id["dtype"] == "fp32"
+    assert instance.needs_weights
     moved = tmp_path / "elsewhere" / "anything"
     shutil.copytree(nets / "anything", moved)
-    assert annotator(f"depth:model={moved},batch=3").id == made.id
+    assert annotator(f"depth:model={moved},batch=3").id == instance.id
     settings = moved / "preprocessor_config.json"
     settings.write_text(settings.read_text().replace("56", "70"))
-    assert annotator(f"depth:model={moved}").id != made.id
+    assert annotator(f"depth:model={moved}").id != instance.id
     assert annotator(f"{specs['depth']},dtype=bf16").id["dtype"] == "bf16"
     both = annotator(specs["pose"]).id
     assert both["detector_sha256"] == hashlib.sha256((nets / "rtdetr/model.safetensors").read_bytes()).hexdigest()
@@ -631,11 +631,13 @@ def test_half_precision_stays_close(specs, name):
 
 @pytest.mark.parametrize("name", ["hed", "pose"])
 def test_what_is_noted_with_a_map_makes_it_again(specs, name):
-    made = annotator(specs[name])
-    ((map, params),) = made(IMAGES[:1], ["a"])
+    instance = annotator(specs[name])
+    ((map, params),) = instance(IMAGES[:1], ["a"])
     noted = json.loads(json.dumps(params))
-    again = type(made)(type(made).Settings(**{k: v for k, v in noted.items() if k in made.Settings.model_fields}))
-    assert again.id == made.id
+    again = type(instance)(
+        type(instance).Settings(**{k: v for k, v in noted.items() if k in instance.Settings.model_fields})
+    )
+    assert again.id == instance.id
     assert np.array_equal(again(IMAGES[:1], ["b"])[0][0], map)
 
 

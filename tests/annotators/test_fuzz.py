@@ -75,8 +75,8 @@ def test_a_thousand_mutated_pictures(tmp_path):
     for row in rows:
         image = decode_rgb((tmp_path / "out" / row["file_name"]).read_bytes())
         for cond, shape in (("canny", image.shape[:2]), ("mask", image.shape[:2])):
-            made = cv2.imread(str(tmp_path / "out" / row[f"{cond}_file_name"]), cv2.IMREAD_UNCHANGED)
-            assert made.shape == shape, row
+            map = cv2.imread(str(tmp_path / "out" / row[f"{cond}_file_name"]), cv2.IMREAD_UNCHANGED)
+            assert map.shape == shape, row
 
 
 def member(tar: tarfile.TarFile, name: str, content: bytes, **more) -> None:

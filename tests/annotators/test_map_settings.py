@@ -72,6 +72,15 @@ def test_maps_without_a_record_are_refused(tmp_path: Path, edges: Path) -> None:
     ensure_maps(open_source(edges), ("canny",), 32, tmp_path / "cache")
 
 
+def test_a_note_with_one_image_says_nothing_of_the_others(tmp_path: Path) -> None:
+    out = annotated(folder_of(tmp_path / "src", 2), tmp_path / "out", "canny:low=50")
+    shutil.rmtree(out / ".sctool")
+    source = open_source(out)
+    source.records[1].meta.pop("conditions")
+    with pytest.raises(UsageError, match="no record of how they were made"):
+        ensure_maps(source, ("canny:low=50",), 48, tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("made_with", "others"),
     [
@@ -84,11 +93,13 @@ def test_maps_without_a_record_are_refused(tmp_path: Path, edges: Path) -> None:
 def test_settings_that_images_do_not_note_come_from_the_settings_of_the_set(
     tmp_path: Path, made_with: str, others: list[str]
 ) -> None:
-    source = open_source(annotated(folder_of(tmp_path / "src", 2), tmp_path / "out", made_with))
+    source = open_source(annotated(folder_of(tmp_path / "src", 4), tmp_path / "out", made_with))
     ensure_maps(source, (made_with,), 48, tmp_path / "cache")
     for other in others:
-        with pytest.raises(UsageError, match="maps were made with"):
+        with pytest.raises(UsageError, match="maps were made with") as caught:
             ensure_maps(source, (other,), 48, tmp_path / "cache")
+        if "scepter" in made_with:
+            assert "made with random=scepter, varying low, varying high. " in str(caught.value)
 
 
 def test_maps_in_a_folder_of_their_own(tmp_path: Path) -> None:

@@ -125,16 +125,16 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 def test_the_cache_is_read(cache):
     file = hed(cache)
-    found = find_weights("hed", "hed")
-    assert (found.path, found.revision) == (file, COMMIT)
-    assert found.sha256 == hashlib.sha256(b"weights").hexdigest()
-    assert found.config_sha256 is None
+    weights = find_weights("hed", "hed")
+    assert (weights.path, weights.revision) == (file, COMMIT)
+    assert weights.sha256 == hashlib.sha256(b"weights").hexdigest()
+    assert weights.config_sha256 is None
     assert find_weights("sketch", "lllyasviel/Annotators:ControlNetHED.pth").path == file
-    made = annotator("hed")
-    made.ready()
-    assert made.id["weights_sha256"] == found.sha256
-    assert made.made_by["revision"] == COMMIT
-    assert "revision" not in made.id
+    instance = annotator("hed")
+    instance.ready()
+    assert instance.id["weights_sha256"] == weights.sha256
+    assert instance.made_by["revision"] == COMMIT
+    assert "revision" not in instance.id
 
 
 def test_a_repository_counts_when_all_its_shards_are_there(cache):
@@ -144,11 +144,11 @@ def test_a_repository_counts_when_all_its_shards_are_there(cache):
     put(cache, row.repo, files)
     assert find_cached(row) is None
     put(cache, row.repo, {"model-2.safetensors": b"2"})
-    found = find_cached(row)
-    assert found is not None
-    assert [file.name for file in found.files] == ["model-1.safetensors", "model-2.safetensors"]
+    weights = find_cached(row)
+    assert weights is not None
+    assert [file.name for file in weights.files] == ["model-1.safetensors", "model-2.safetensors"]
     hashes = [hashlib.sha256(data).hexdigest() for data in (b"1", b"2")]
-    assert found.sha256 == hashlib.sha256("".join(hashes).encode()).hexdigest()
+    assert weights.sha256 == hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------- verifying
