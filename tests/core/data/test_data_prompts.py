@@ -38,7 +38,7 @@ def test_prompts(text, label, plain, template, trigger, both):
     "template", ["a {name}", "a {}", "a {label.x}", "a {label!r}", "a {label:>9}", "a {label", "}"]
 )
 def test_templates_with_other_placeholders_are_refused(template):
-    with pytest.raises(UsageError, match="^caption='"):
+    with pytest.raises(UsageError, match=r"^caption='"):
         build(TrainConfig, {"caption": template})
 
 
