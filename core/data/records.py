@@ -178,8 +178,10 @@ def without_duplicates(records: list[Record], faults: list[Fault]) -> list[Recor
     """The first record of each key; the others become faults."""
     by_key: dict[str, Record] = {}
     for record in records:
-        first = by_key.setdefault(record.key, record)
-        if first is not record:
-            reason = f"the key '{record.key}' is already used by {first.image.name}; keys must be unique in a set"
+        if record.key in by_key:
+            first = by_key[record.key].image.name
+            reason = f"the key '{record.key}' is already used by {first}; keys must be unique in a set"
             faults.append(Fault(record.image.name, reason))
+        else:
+            by_key[record.key] = record
     return list(by_key.values())

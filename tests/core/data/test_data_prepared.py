@@ -351,6 +351,8 @@ def test_rows_are_read_from_the_first_file_that_has_them(tmp_path):
     save_file({"row": torch.zeros(1, 1)}, tmp_path / "c.safetensors", {"keys": '["z"]', "format": "another"})
     save_file({"row": torch.zeros(2, 1)}, tmp_path / "d.safetensors", {"keys": '["z"]', "format": "sctool-rows-1"})
     assert TensorCache(tmp_path).missing(["z"]) == ["z"]
+    save_file({"row": torch.zeros(1, 1)}, tmp_path / "e.safetensors", {"keys": '["z"]', "format": "sctool-rows-1"})
+    assert TensorCache(tmp_path).missing(["z"]) == []
 
 
 def test_a_row_written_again_is_read_anew(tmp_path):

@@ -163,6 +163,162 @@ def test_maps_folder_of_one_condition(tmp_path):
         open_source(tmp_path / "set", tmp_path / "other")
 
 
+def test_columns_in_order_of_precedence(tmp_path):
+    for name in ("a.png", "b.png", "train/c.png", "train/d.png", "train/e.png"):
+        put(tmp_path / name, picture())
+    put(
+        tmp_path / "metadata.jsonl",
+        "\ufeff"
+        + lines(
+            {
+                "image": "b.png",
+                "file_name": "a.png",
+                "prompt": "p",
+                "caption": "c",
+                "text": "t",
+                "label": 1,
+                "class": "k",
+            },
+            {"image_file_name": "b.png", "prompt": "p", "caption": " c ", "text": " ", "class": "", "label": 0},
+            {"image": "train/c.png", "prompt": "p", "caption": None, "split": "test"},
+            {"file_name": "train/d.png", "text": 5, "split": "other"},
+            {"file_name": "train/e.png", "text": ["a"], "class": None},
+        ),
+    )
+    source = open_source(tmp_path)
+    assert [(r.key, r.text, r.label, r.split) for r in source] == [
+        ("a", "t", "k", None),
+        ("b", "c", "0", None),
+        ("train/c", "p", None, "test"),
+        ("train/d", None, None, "train"),
+        ("train/e", None, None, "train"),
+    ]
+    assert not source.faults
+
+
+def test_columns_that_are_maps(tmp_path):
+    for name in ("a.png", "e.png", "s.png", "d.png", "c.png"):
+        put(tmp_path / name, picture())
+    row = {"canny": "e.png", "conditioning_image": "s.png", "any_file_name": "d.png", "depth": "near", "other": "c.png"}
+    put(tmp_path / "metadata.jsonl", lines({"file_name": "a.png"} | row))
+    (record,) = open_source(tmp_path).records
+    assert {cond: blob.name for cond, blob in record.maps.items()} == {"canny": "e.png", ANY: "s.png", "any": "d.png"}
+    assert record.meta == row
+
+
+def test_tables_as_one_json_list(tmp_path):
+    put(tmp_path / "a.png", picture())
+    put(tmp_path / "b.png", picture())
+    rows = [
+        {"target": "a.png", "prompt": "x", "split": "val", "label": "k"},
+        7,
+        {"target": "b.png", "source": "gone.png"},
+    ]
+    put(tmp_path / "prompt.json", " " + json.dumps(rows, indent=1))
+    source = open_source(tmp_path)
+    assert [(r.key, r.text, r.split, r.label, r.maps) for r in source] == [
+        ("a", "x", "validation", "k", {}),
+        ("b", None, None, None, {}),
+    ]
+    assert [str(fault) for fault in source.faults] == [
+        "prompt.json, row 2: is not a JSON object",
+        "prompt.json, row 3, source: 'gone.png': no such file",
+    ]
+    put(tmp_path / "metadata.jsonl", lines({"file_name": "b.png"}))
+    assert open_source(tmp_path).kind == "imagefolder", "metadata.jsonl comes first"
+    put(tmp_path / "metadata.jsonl", "[{]")
+    with pytest.raises(UsageError, match=r"metadata\.jsonl: is not valid JSON"):
+        open_source(tmp_path)
+
+
+def test_folders_are_splits_or_classes(tmp_path):
+    for name in ("train/dog/a.png", "val/b.png", "cat/train/c.png", "d.png", "cat/big/e.png", "test/f.png"):
+        put(tmp_path / name, picture())
+    put(tmp_path / "d.txt", "  \n")
+    assert {r.key: (r.split, r.label, r.text) for r in open_source(tmp_path)} == {
+        "train/dog/a": ("train", "dog", None),
+        "val/b": ("validation", None, None),
+        "cat/train/c": (None, None, None),
+        "d": (None, None, None),
+        "cat/big/e": (None, "big", None),
+        "test/f": ("test", None, None),
+    }
+
+
+def test_maps_in_order_of_precedence(tmp_path):
+    """--maps, then a column, then a sibling; of shards --maps, then a sidecar, then the member."""
+    put(tmp_path / "set/a.png", picture())
+    for name in ("set/column.png", "set/a.canny.png", "maps/canny/a.canny.png"):
+        put(tmp_path / name, picture())
+    put(tmp_path / "set/metadata.jsonl", lines({"file_name": "a.png", "canny_file_name": "column.png"}))
+    assert open_source(tmp_path / "set").records[0].maps["canny"].name == "column.png"
+    blob = open_source(tmp_path / "set", tmp_path / "maps").records[0].maps["canny"]
+    assert blob.name == "canny/a.canny.png"
+    (tmp_path / "set/metadata.jsonl").unlink()
+    assert open_source(tmp_path / "set").records[0].maps["canny"].name == "a.canny.png"
+
+    put_tar(tmp_path / "shards/0.tar", [("a.png", picture()), ("a.canny.png", picture(1))])
+    assert open_source(tmp_path / "shards").records[0].maps["canny"].read() == picture(1)
+    sidecar = [("a.png", picture(2)), ("a.depth.png", picture(3)), ("a.txt", "x")]
+    put_tar(tmp_path / "shards/canny/0.tar", sidecar)
+    assert open_source(tmp_path / "shards").records[0].maps["canny"].read() == picture(2)
+    assert open_source(tmp_path / "shards", tmp_path / "maps").records[0].maps["canny"].read() == picture()
+
+
+def test_names_of_maps_beside_images(tmp_path):
+    for name in (
+        "dog/a.png", "dog/a.foo.png", "b.foo.png", "b.canny.png", "hed/c.png", "HED/dog/a.hed.png",
+        "conditions/bar/dog/a.bar.png", "conditions/d.png", "mine/dog/a.png",
+    ):  # fmt: skip
+        put(tmp_path / name, picture())
+    assert {r.key: {c: b.name for c, b in r.maps.items()} for r in open_source(tmp_path)} == {
+        "dog/a": {"foo": "dog/a.foo.png", "hed": "HED/dog/a.hed.png", "bar": "conditions/bar/dog/a.bar.png"},
+        "b.foo": {},
+        "mine/dog/a": {},
+    }
+
+
+def test_folders_of_sidecar_shards(tmp_path):
+    put_tar(tmp_path / "set/0.tar", [("a.png", picture())])
+    for folder in ("conditions/foo", "depth"):
+        put_tar(tmp_path / "set" / folder / "0.tar", [("a.png", picture())])
+    put_tar(tmp_path / "maps/bar/0.tar", [("a.png", picture()), ("b.png", picture())])
+    put_tar(tmp_path / "maps/conditions/baz/0.tar", [("a.foo.png", picture()), ("a.baz.png", picture(1))])
+    assert set(open_source(tmp_path / "set").records[0].maps) == {"foo", "depth"}
+    maps = open_source(tmp_path / "set", tmp_path / "maps").records[0].maps
+    assert set(maps) == {"foo", "depth", "bar", "baz"}
+    assert maps["baz"].read() == picture(1)
+    put_tar(tmp_path / "other/mine/0.tar", [("a.png", picture())])
+    put_tar(tmp_path / "other/0.tar", [("b.png", picture())])
+    assert [(r.key, set(r.maps)) for r in open_source(tmp_path / "other") if r.maps] == []
+
+
+def test_an_image_that_the_table_lists_is_not_a_map(tmp_path):
+    put(tmp_path / "a.png", picture())
+    put(tmp_path / "a.canny.png", picture())
+    put(tmp_path / "metadata.jsonl", lines({"file_name": "a.png"}, {"file_name": "a.canny.png"}))
+    assert [(r.key, r.maps) for r in open_source(tmp_path)] == [("a", {}), ("a.canny", {})]
+
+
+def test_splits_and_captions_of_shards(tmp_path):
+    members = [
+        ("a.png", picture()), ("a.txt", " \n"), ("a.json", json.dumps({"caption": "from json", "split": "test"})),
+        ("b.png", picture()), ("b.txt", "x" * ((1 << 20) + 1)),
+        ("._c.png", picture()), ("c.json", "[1]"), ("c.PNG", picture()),
+        ("d.png", picture()), ("d.json", "{"),
+    ]  # fmt: skip
+    put_tar(tmp_path / "train/0.tar", members)
+    source = open_source(tmp_path)
+    assert [(r.key, r.text, r.split) for r in source] == [
+        ("a", "from json", "test"),
+        ("b", None, "train"),
+        ("c", None, "train"),
+        ("d", None, "train"),
+    ]
+    assert [fault.where for fault in source.faults] == ["0.tar:b.txt", "0.tar:d.png"]
+    assert "1,048,577 bytes" in source.faults[0].reason
+
+
 # ------------------------------------------------------------------------------------------- missing and empty
 
 
