@@ -60,14 +60,14 @@ def annotate(
       find . -name '*.jpg' | sctool annotate - --cond mask:preset=thick --json
     """
     from ..annotators.engine.run import annotate as run
-    from ..core.config import AnnotateConfig, resolve
+    from ..core.config import AnnotateConfig, resolve_config
 
     flags = {
         "src": src, "cond": cond or None, "out": out, "size": in_pixels(size), "layout": layout,
         "render": render, "seed": seed, "limit": limit, "jobs": jobs, "ray": ray, "shards": shards,
         "strict": strict,
     }  # fmt: skip
-    config = resolve(AnnotateConfig, flags=flags)
+    config = resolve_config(AnnotateConfig, flags=flags)
     with _bar(quiet) as progress:
         summary = run(config, paths=sys.stdin if src == "-" else None, progress=progress)
     if as_json:

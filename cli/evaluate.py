@@ -105,8 +105,7 @@ def evaluate(
     sampling: dict[str, Any] = {"guidance": guidance, "steps": steps}
     drawn = any(value is not None for value in sampling.values())
 
-    from ..core.config import SampleConfig
-    from ..core.config import resolve as resolve_config
+    from ..core.config import SampleConfig, resolve_config
     from ..core.runs import find_run
     from ..eval.evaluate import evaluate as measure
     from ..eval.options import Options

@@ -7,7 +7,7 @@ names its field, and `Command` reads the field when the help of its command is s
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from typer.core import TyperCommand
 
@@ -45,7 +45,10 @@ def _help(config: str, field: str, text: str) -> str:
     description, unset = info.description or "", None
     if match := re.fullmatch(r"(.*); (.+) when not given", description):
         description, unset = match.groups()
-    sentence = text or re.sub(r"^[a-z]+(?= |$)", lambda word: word[0].capitalize(), description)
+    sentence = text or re.sub(r"^[a-z]+(?=[ -]|$)", lambda word: word[0].capitalize(), description)
+    choices = list(map(str, get_args(info.annotation))) if get_origin(info.annotation) is Literal else []
+    if not text and not all(choice in description for choice in choices):
+        sentence = f"{sentence}: {', '.join(choices)}"
     sentence = sentence.removesuffix(".") + "."
     default = unset or ("" if info.is_required() else _as_typed(info.get_default(call_default_factory=True)))
     return (f"{sentence} [default: {default}]" if default else sentence).replace("[", r"\[")

@@ -1,4 +1,4 @@
-"""`sctool sample`: prompts and hints in, a folder of pictures that explain themselves out."""
+"""`sctool sample`: prompts and hints in, a folder of images and all that is needed to make them again out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import UsageError
+from .options import help_of
 
 if TYPE_CHECKING:
     from ..core.backbones.loading import Backbone
@@ -17,55 +18,55 @@ if TYPE_CHECKING:
 
 
 def sample(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts to sample.")] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option("--prompts", help='Text file, one prompt a line; or .jsonl with "prompt", "seed" and "hints".'),
+        typer.Option("--prompts", help='Text file, one prompt per line; or .jsonl with "prompt", "seed" and "hints".'),
     ] = None,
     tuner: Annotated[
         list[str] | None,
-        typer.Option(help="Run, tuner file, or FILE:SCALE; may be given several times. \\[default: the latest run]"),
+        typer.Option(help="Run, tuner file, or FILE:SCALE; repeatable. \\[default: the latest run]"),
     ] = None,
-    no_tuner: Annotated[bool, typer.Option("--no-tuner", help="Draw with the base alone.")] = False,
-    base: Annotated[str | None, typer.Option(help="Base to draw with. \\[default: the tuner's]")] = None,
+    no_tuner: Annotated[bool, typer.Option("--no-tuner", help="Sample the base alone.")] = False,
+    base: Annotated[str | None, typer.Option(help="Base to sample with. \\[default: the tuner's]")] = None,
     hint: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FILE[:WEIGHT]", help="A condition map, e.g. canny=edges.png:0.7.")
     ] = None,
     photo: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE[:WEIGHT]", help="A photograph to make the map from, e.g. canny=chair.jpg."),
+        typer.Option(metavar="NAME=FILE[:WEIGHT]", help="A photograph to extract the map from, e.g. canny=chair.jpg."),
     ] = None,
     no_normalize: Annotated[
-        bool, typer.Option("--no-normalize", help="Take the condition weights as they are, not scaled to a sum of 1.")
+        bool, typer.Option("--no-normalize", help="Use the condition weights as given, not scaled to a sum of 1.")
     ] = False,
     count: Annotated[int | None, typer.Option(min=1, help="Images per prompt, or held-out images to draw.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++ or unipc. \\[default: ddim]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps. \\[default: 50]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance. \\[default: 7.5]")] = None,
-    negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels. \\[default: the base's own]")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures at a time. \\[default: 8]")] = None,
-    rescale: Annotated[float | None, typer.Option(help="Guidance rescale. \\[default: 0]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; each further image adds 1.")] = 0,
+    scheduler: Annotated[str | None, typer.Option(help=help_of("SampleConfig", "scheduler"))] = None,
+    steps: Annotated[int | None, typer.Option(help=help_of("SampleConfig", "steps"))] = None,
+    guidance: Annotated[float | None, typer.Option(help=help_of("SampleConfig", "guidance"))] = None,
+    negative: Annotated[str | None, typer.Option(help=help_of("SampleConfig", "negative"))] = None,
+    size: Annotated[int | None, typer.Option(help=help_of("SampleConfig", "size"))] = None,
+    batch: Annotated[int | None, typer.Option(help=help_of("SampleConfig", "batch"))] = None,
+    rescale: Annotated[float | None, typer.Option(help=help_of("SampleConfig", "rescale"))] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. \\[default: samples, or the run's own]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Load a tuner made for another base.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
 ) -> None:
-    """Draw pictures with unmodified diffusers pipelines.
+    """Sample images with unmodified diffusers pipelines.
 
-    With no prompt, the latest run's held-out captions and hints are drawn by the base and by the tuned model.
+    Without a prompt, the held-out captions and hints of the latest run are sampled by the base and by the tuned model.
 
     Examples:
 
-      sctool sample                                           held-out pictures of the latest run
+      sctool sample                                           held-out images of the latest run
 
       sctool sample "a photo of a black hat" --hint canny=edges.png --count 4
 
       sctool sample "a chair" --tuner runs/canny --tuner runs/color --hint canny=e.png:0.7 --hint color=c.png:0.3
 
-      sctool sample --prompts prompts.txt --scheduler dpm++ --steps 20 --out pictures
+      sctool sample --prompts prompts.txt --scheduler dpm++ --steps 20 --out images
     """
     flags: dict[str, Any] = {
         "scheduler": scheduler, "steps": steps, "guidance": guidance, "negative": negative, "size": size,
@@ -73,7 +74,7 @@ def sample(
     }  # fmt: skip
     if no_tuner and tuner:
         raise UsageError("--tuner and --no-tuner exclude each other.")
-    from ..core.config import SampleConfig, resolve
+    from ..core.config import SampleConfig, resolve_config
     from ..core.runs import find_run
 
     if not prompts and not prompts_file:
@@ -86,7 +87,7 @@ def sample(
         folders = sample_heldout(
             run,
             count=count or 8,
-            sampling=resolve(SampleConfig, flags=flags),
+            sampling=resolve_config(SampleConfig, flags=flags),
             seed=seed,
             which=("base",) if no_tuner else ("base", "tuned"),
             scale=split_scale(tuner[0])[1] if tuner else 1.0,
@@ -107,7 +108,7 @@ def sample(
     chosen = [] if no_tuner else [split_scale(text) for text in tuner or [str(find_run(None).path)]]
     base = base or (read_meta(tuner_file(chosen[0][0]))["base"]["id"] if chosen else "mini")
     backbone = load_backbone(base, device=best_device(), offline=offline)
-    config = resolve(SampleConfig, flags=flags)
+    config = resolve_config(SampleConfig, flags=flags)
     config = config.model_copy(update={"size": config.size or backbone.resolution})
     tuners = [load_tuner(name, backbone, force=force) for name, _ in chosen]
     maps, weights = read_hints(hint or [], photo or [], config.size)

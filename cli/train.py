@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import help_of
+
 if TYPE_CHECKING:
     from ..core.config import TrainConfig
 
@@ -18,29 +20,26 @@ def train(
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any setting, e.g. lr=5e-5 tuner.ratio=0.1.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="What to train; see `sctool methods`. \\[default: scedit]")] = None,
-    cond: Annotated[str | None, typer.Option(help="Conditions to control by, e.g. canny or canny,color.")] = None,
-    base: Annotated[str | None, typer.Option(help="'mini', a diffusers folder, or a hub id. \\[default: mini]")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="'photos', image folder, shards, or prompt.json. \\[default: photos]"),
-    ] = None,
-    maps: Annotated[str | None, typer.Option(help="Folder of condition maps, when not in the data set.")] = None,
-    val_data: Annotated[str | None, typer.Option(help="Held-out set; else rows marked so, else a tenth.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps. \\[default: 1000]")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures a step, over all processes. \\[default: 8]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. \\[default: 1e-4]")] = None,
-    size: Annotated[int | None, typer.Option(help="Training size in pixels. \\[default: the base's own]")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. \\[default: auto]")] = None,
-    init: Annotated[str | None, typer.Option(help="Tuner file or run to start from.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random. \\[default: 0]")] = None,
+    method: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "method"))] = None,
+    cond: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "cond"))] = None,
+    base: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "base"))] = None,
+    data: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "data"))] = None,
+    maps: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "maps"))] = None,
+    val_data: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "val_data"))] = None,
+    steps: Annotated[int | None, typer.Option(help=help_of("TrainConfig", "steps"))] = None,
+    batch: Annotated[int | None, typer.Option(help=help_of("TrainConfig", "batch"))] = None,
+    lr: Annotated[float | None, typer.Option(help=help_of("TrainConfig", "lr"))] = None,
+    size: Annotated[int | None, typer.Option(help=help_of("TrainConfig", "size"))] = None,
+    precision: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "precision"))] = None,
+    init: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "init"))] = None,
+    seed: Annotated[int | None, typer.Option(help=help_of("TrainConfig", "seed"))] = None,
     preset: Annotated[str | None, typer.Option(help="A named recipe shipped with sctool.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
-    name: Annotated[str | None, typer.Option(help="Run name. \\[default: from the settings]")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags override it.")] = None,
+    name: Annotated[str | None, typer.Option(help="Run name. \\[default: made from the settings]")] = None,
     out: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on any fault in the data set.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network, not even for hub ids.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network, not even for hub ids.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
 ) -> None:
@@ -54,18 +53,18 @@ def train(
 
       sctool train --cond canny --base ./sd15 --data laion-canny batch=16 precision=bf16
 
-      sctool train --preset scedit-fewshot --data ./my-style --trigger "<sce>"
+      sctool train --preset scedit-fewshot --data ./my-style trigger="<sce>"
 
       accelerate launch --num_processes 4 -m sctool train --cond canny batch=64
     """
-    from ..core.config import TrainConfig, resolve
+    from ..core.config import TrainConfig, resolve_config
 
     flags: dict[str, Any] = {
         "method": method, "base": base, "data": data, "maps": maps, "val_data": val_data, "steps": steps,
         "batch": batch, "lr": lr, "size": size, "precision": precision, "init": init, "seed": seed,
         "cond": cond,
     }  # fmt: skip
-    settings = resolve(TrainConfig, preset_name=preset, file=config, flags=flags, pairs=pairs or ())
+    settings = resolve_config(TrainConfig, preset_name=preset, file=config, flags=flags, pairs=pairs or ())
     check_names(settings)
 
     from ..annotators.training_sets import open_training_sets
@@ -74,7 +73,7 @@ def train(
     from ..eval.heldout import adherence
 
     trained_size = settings.size or resolution(settings.base, offline)
-    source, held_out, made = open_training_sets(settings, trained_size, strict=strict, quiet=quiet)
+    source, held_out, map_meta = open_training_sets(settings, trained_size, strict=strict, quiet=quiet)
     if dry_run:
         from ..core.training.plan import plan_run, show_plan
 
@@ -85,14 +84,14 @@ def train(
     from ..core.training.train import train as run_training
 
     run = open_run(out, name, settings)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, one holds the run and speaks
-    with run.locked() if first else nullcontext():
+    main = os.environ.get("RANK", "0") == "0"  # of several processes, one locks the run and prints
+    with run.locked() if main else nullcontext():
         summary = run_training(
-            settings, run, source, held_out=held_out, map_meta=made,
-            measures=adherence(settings.conditions, made, quiet=quiet or not first),
+            settings, run, source, held_out=held_out, map_meta=map_meta,
+            measures=adherence(settings.conditions, map_meta, quiet=quiet or not main),
             offline=offline, quiet=quiet,
         )  # fmt: skip
-    if not first:
+    if not main:
         return
     if as_json:
         print(json.dumps({"run": str(run.path), "tuner": str(run.tuner), **summary.to_json()}))

@@ -1,4 +1,4 @@
-"""One frozen, typed value a run: defaults < preset < YAML file < flags and `key=value`. Imports no torch.
+"""One frozen, typed value per run: defaults < preset < YAML file < flags and `key=value`. Imports no torch.
 
 An unknown key is an error that names the nearest known one. The resolved value is saved with the result.
 A method's own settings are one class here; `TUNERS` in `core/tuners/__init__.py` ties it to its code.
@@ -30,19 +30,17 @@ class Config(BaseModel):
     def _comma_lists(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        return {key: _as_list(value) if _is_list(cls, key) else value for key, value in values.items()}
+        return {key: _as_list(cls, key, value) for key, value in values.items()}
 
 
-def _is_list(cls: type[BaseModel], key: str) -> bool:
-    """Whether the field of that name holds a tuple of any length, or None."""
+def _as_list(cls: type[BaseModel], key: str, value: Any) -> Any:
+    """The value of a tuple field as a list, where it was written with commas or as a single item."""
     annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
-    return any(get_origin(one) is tuple and ... in get_args(one) for one in (annotation, *get_args(annotation)))
-
-
-def _as_list(value: Any) -> Any:
-    if isinstance(value, str):
+    tuples = [one for one in (annotation, *get_args(annotation)) if get_origin(one) is tuple]
+    any_length = any(... in get_args(one) for one in tuples)
+    if isinstance(value, str) and (any_length or (tuples and "," in value)):
         return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int | float) else value
+    return [value] if any_length and isinstance(value, int | float) else value
 
 
 # --------------------------------------------------------------------------------------------------- methods
@@ -52,16 +50,16 @@ class SCEditConfig(Config):
     """SCEdit (Jiang et al. 2023, arXiv 2312.11392): SC-Tuner without conditions, CSC-Tuner with them."""
 
     operator: Literal["linear", "conv", "resprefix"] = Field("linear", description="tuner operation (paper Tab. 5)")
-    ratio: float = Field(1.0, gt=0, le=4, description="bottleneck width over skip width (r = int(C * ratio))")
+    ratio: float = Field(1.0, gt=0, le=4, description="bottleneck width over skip width: r = int(C * ratio)")
     skips: tuple[int, ...] | None = Field(None, description="edited skips in encoder order; all when not given")
     kernel: Literal[1, 3] = Field(1, description="kernel of the cascade's dense convolutions (CSC only)")
     dual: bool = Field(
         False, description="dense convolution as conv3x3 to a fifth of the width, then conv1x1 (CSC only)"
     )
     cascade: Literal["zero-chain", "zero-heads"] = Field(
-        "zero-chain", description="what starts at zero: the chain (paper), or a 1x1 head on each level (CSC only)"
+        "zero-chain", description="what is initialised to zero: the chain (paper), or a 1x1 head per level (CSC only)"
     )
-    hint_channels: int | None = Field(None, description="width of the encoded hint; 256, or 320 for SDXL (CSC only)")
+    hint_channels: int | None = Field(None, description="width of the hint (CSC only); 256 (SDXL: 320) when not given")
     weights: dict[str, float] = Field(default_factory=dict, description="weight of each condition (alpha in eq. 7)")
     normalize: bool = Field(True, description="scale the condition weights to a sum of 1, as in eq. 7 (CSC only)")
 
@@ -76,48 +74,50 @@ class FullConfig(Config):
 class TrainConfig(Config):
     """Everything that decides a training run's result."""
 
-    method: str = Field("scedit", description="method from `sctool methods`")
+    method: str = Field("scedit", description="what to train; see `sctool methods`")
     tuner: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
     cond: tuple[str, ...] = Field((), description="conditions to control by, e.g. canny or canny:low=50,color")
     base: str = Field("mini", description="'mini', a diffusers-format folder, or a hub id")
-    init: str | None = Field(None, description="tuner file or run to start from")
+    init: str | None = Field(None, description="tuner file or run to continue from")
 
     data: str = Field("photos", description="'photos', an image folder, webdataset shards, or a prompt.json")
-    maps: str | None = Field(None, description="folder of condition maps, when they do not lie in the data set")
-    val_data: str | None = Field(None, description="held-out set; else rows marked validation, else a seeded sample")
-    val_count: int = Field(64, ge=0, description="held-out pictures to measure on during training")
-    size: int | None = Field(None, ge=8, description="training size in pixels; the base's own when not given")
-    flip: bool = Field(False, description="also train on mirror images (both are cached)")
-    trigger: str = Field("", description="word put before every caption, e.g. <sce> for few-shot sets")
+    maps: str | None = Field(None, description="folder of condition maps that are not in the data set")
+    val_data: str | None = Field(None, description="held-out set; images marked so, else a random tenth when not given")
+    val_count: int = Field(64, ge=0, description="held-out images used for validation during training")
+    size: int | None = Field(None, ge=8, description="training resolution in pixels; the base's own when not given")
+    flip: bool = Field(False, description="also train on mirrored images; both are cached")
+    trigger: str = Field("", description="word placed before every caption, e.g. <sce> for few-shot styles")
     caption: str = Field(
         "a photo of a {label}", description="template of the caption for images that have a class label but no caption"
     )
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch: int = Field(8, ge=1, description="pictures a step and accumulation, over all processes")
-    accumulate: int = Field(1, ge=1, description="batches summed before an optimizer step")
+    batch: int = Field(8, ge=1, description="images per batch, over all processes")
+    accumulate: int = Field(1, ge=1, description="batches accumulated per optimizer step")
     lr: float = Field(1e-4, gt=0, description="learning rate")
-    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates, e.g. betas=[0.9,0.99]")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0 for none")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="frozen weights and activations; tuners stay fp32"
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
+        "constant", description="learning rate schedule"
     )
-    checkpointing: bool = Field(False, description="recompute activations to save memory")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm above which gradients are clipped; 0 for none")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto, fp32, bf16 or fp16 for the frozen base; tuners stay in fp32"
+    )
+    checkpointing: bool = Field(False, description="gradient checkpointing: recompute activations to save memory")
     compile: bool = Field(False, description="torch.compile the denoiser")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting (arXiv 2303.09556), usually 5")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
-    hint_dropout: float = Field(0.0, ge=0, le=1, description="share of hints left out")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average; 0 for none")
-    seed: int = 0
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty prompt")
+    hint_dropout: float = Field(0.0, ge=0, le=1, description="share of hints replaced by black")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 for none")
+    seed: int = Field(0, description="seed of everything random")
 
     save_every: int = Field(500, ge=1, description="steps between resume states")
-    keep: int = Field(2, ge=1, description="resume states kept")
-    validate_every: int = Field(500, ge=0, description="steps between validation losses and adherence; 0 for none")
+    keep: int = Field(2, ge=1, description="number of resume states kept")
+    validate_every: int = Field(500, ge=0, description="steps between held-out losses and adherence; 0 for none")
     sample_every: int = Field(500, ge=0, description="steps between preview grids; 0 for none")
-    preview_steps: int = Field(20, ge=1, description="sampler steps of previews and adherence")
+    preview_steps: int = Field(20, ge=1, description="sampling steps of previews and adherence")
     guidance: float = Field(7.5, ge=0, description="classifier-free guidance of previews and adherence")
 
     @field_validator("cond")
@@ -140,15 +140,15 @@ class TrainConfig(Config):
 
 
 class SampleConfig(Config):
-    """How pictures are drawn; together with the tuners and the base it makes a picture again."""
+    """How images are sampled; with the tuners and the base this reproduces an image."""
 
     scheduler: Literal["ddim", "dpm++", "unipc"] = Field("ddim", description="sampler")
-    steps: int = Field(50, ge=1, le=1000, description="sampler steps")
+    steps: int = Field(50, ge=1, le=1000, description="sampling steps")
     guidance: float = Field(7.5, ge=0, description="classifier-free guidance; 1 for none")
     rescale: float = Field(0.0, ge=0, le=1, description="guidance rescale (arXiv 2305.08891)")
     negative: str = Field("", description="negative prompt")
-    size: int | None = Field(None, ge=8, description="side in pixels; the base's own when not given")
-    batch: int = Field(8, ge=1, description="pictures at a time; changes no picture but for rounding")
+    size: int | None = Field(None, ge=8, description="image side in pixels; the base's own when not given")
+    batch: int = Field(8, ge=1, description="images per batch; changes images by rounding only")
 
 
 # --------------------------------------------------------------------------------------------------- resolving
@@ -207,7 +207,7 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
         ) from error
 
 
-def resolve(
+def resolve_config(
     cls: type[C],
     *,
     preset_name: str | None = None,

@@ -19,6 +19,7 @@ from sctool.cli.options import _PLACEHOLDER, _help, help_of
         ("AnnotateConfig.jobs", r"Worker processes. \[default: all cores]"),
         ("AnnotateConfig.cond", r"Conditions, e.g. canny:low=50. \[default: canny]"),
         ("AnnotateConfig.limit", "Only the first N images."),
+        ("SampleConfig.scheduler", r"Sampler: ddim, dpm++, unipc. \[default: ddim]"),
         ("TrainConfig.warmup", r"Steps of linear warm-up. \[default: 0]"),
     ],
 )  # fmt: skip
