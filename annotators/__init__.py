@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ..core.data.conditions import parse_conditions
 from ..core.errors import UsageError, unknown
@@ -39,3 +40,15 @@ def make_annotators(conditions: str | Iterable[str], seed: int = 0, flag: str = 
 def annotator(condition: str, seed: int = 0) -> Annotator:
     """One annotator from its name, with or without settings: `canny`, `canny:low=50,high=150`."""
     return make_annotators(condition, seed)[0]
+
+
+def annotator_like(name: str, map_settings: Mapping[str, Any] | None = None, seed: int = 0) -> Annotator:
+    """The annotator that makes maps as `map_settings` says, which tuner files and annotated sets note.
+
+    What it does not say is the annotator's default. Raises `UsageError` for an unknown condition.
+    """
+    if name not in ANNOTATORS:
+        raise unknown("condition", name, ANNOTATORS)
+    cls = ANNOTATORS[name]
+    known = {key: value for key, value in (map_settings or {}).items() if key in cls.Settings.model_fields}
+    return cls(cls.Settings.model_validate(known), seed)

@@ -12,8 +12,8 @@ from ..core.errors import UsageError
 from .options import help_of
 
 if TYPE_CHECKING:
-    from ..core.backbones.loading import Backbone
-    from ..core.progress import Progress
+    from collections.abc import Mapping
+
     from ..core.sampling import Request
 
 
@@ -68,86 +68,123 @@ def sample(
 
       sctool sample --prompts prompts.txt --scheduler dpm++ --steps 20 --out images
     """
+    if no_tuner and tuner:
+        raise UsageError("--tuner and --no-tuner exclude each other.")
     flags: dict[str, Any] = {
         "scheduler": scheduler, "steps": steps, "guidance": guidance, "negative": negative, "size": size,
         "batch": batch, "rescale": rescale,
     }  # fmt: skip
-    if no_tuner and tuner:
-        raise UsageError("--tuner and --no-tuner exclude each other.")
-    from ..core.config import SampleConfig, resolve_config
-    from ..core.runs import find_run
-
+    tuners = [split_scale(text) for text in tuner or []]
     if not prompts and not prompts_file:
         if hint or photo:
             raise UsageError("a hint needs a prompt to go with it: sctool sample PROMPT --hint NAME=FILE.")
-        from ..eval.heldout import sample_heldout
+        sheet = sample_held_out(
+            tuners[0] if tuners else (None, 1.0), flags, count=count or 8, seed=seed, base_alone=no_tuner, out=out,
+            offline=offline, quiet=quiet,
+        )  # fmt: skip
+    else:
+        chosen = [] if no_tuner else tuners or [(str(find_latest()), 1.0)]
+        drawer = Sampler(chosen, base, flags, force=force, offline=offline, quiet=quiet)
+        hints, weights = drawer.hints(hint or [], photo or [])
+        requests = drawer.requests(prompts or [], prompts_file, count or 1, seed, hints)
+        sheet = drawer.write(requests, out or Path("samples"), weights, normalize=False if no_normalize else None)
+    print(json.dumps({"sheets": [str(sheet)]}) if as_json else sheet)
 
-        run = find_run(split_scale(tuner[0])[0] if tuner else None)
-        flags["guidance"] = guidance if guidance is not None else run.config.guidance
-        folders = sample_heldout(
-            run,
-            count=count or 8,
-            sampling=resolve_config(SampleConfig, flags=flags),
-            seed=seed,
-            which=("base",) if no_tuner else ("base", "tuned"),
-            scale=split_scale(tuner[0])[1] if tuner else 1.0,
-            quiet=quiet,
-            offline=offline,
-            out=out,
+
+def find_latest() -> Path:
+    """The folder of the latest run. Raises `UsageError` where there is none."""
+    from ..core.runs import find_run
+
+    return find_run(None).path
+
+
+def sample_held_out(
+    tuner: tuple[str | None, float], flags: dict[str, Any], *, count: int, seed: int, base_alone: bool,
+    out: Path | None, offline: bool, quiet: bool,
+) -> Path:  # fmt: skip
+    """Samples a run's held-out captions and hints; returns the contact sheet."""
+    from ..core.config import SampleConfig, resolve_config
+    from ..core.runs import find_run
+    from ..eval.heldout import sample_heldout
+
+    name, scale = tuner
+    run = find_run(name)
+    flags["guidance"] = run.config.guidance if flags["guidance"] is None else flags["guidance"]
+    folders = sample_heldout(
+        run,
+        count=count,
+        sampling=resolve_config(SampleConfig, flags=flags),
+        seed=seed,
+        which=("base",) if base_alone else ("base", "tuned"),
+        scale=scale,
+        quiet=quiet,
+        offline=offline,
+        out=out,
+    )
+    return folders[0].parent / "sheet.png"
+
+
+class Sampler:
+    """A base with tuners, loaded for prompts from the command line."""
+
+    def __init__(
+        self, chosen: list[tuple[str, float]], base: str | None, flags: dict[str, Any], *, force: bool, offline: bool,
+        quiet: bool,
+    ) -> None:  # fmt: skip
+        """`chosen` are tuners with their scales; the base is theirs when not given."""
+        from ..core.backbones.loading import load_backbone
+        from ..core.checkpoint import load_tuner, read_meta
+        from ..core.config import SampleConfig, resolve_config
+        from ..core.devices import best_device
+        from ..core.progress import Progress
+
+        config = resolve_config(SampleConfig, flags=flags)
+        self.chosen, self.progress = chosen, Progress(quiet)
+        self.metas = [read_meta(name) for name, _ in chosen]
+        base = base or (self.metas[0]["base"]["id"] if chosen else "mini")
+        self.backbone = load_backbone(base, device=best_device(), offline=offline)
+        self.config = config.model_copy(update={"size": config.size or self.backbone.resolution})
+        self.tuners = [load_tuner(name, self.backbone, force=force) for name, _ in chosen]
+
+    @property
+    def size(self) -> int:
+        """The side of the images in pixels."""
+        return self.config.size or self.backbone.resolution
+
+    def hints(self, hints: list[str], photos: list[str]) -> tuple[dict[str, Any], dict[str, float]]:
+        """`read_hints`, with photographs annotated as the maps that the tuners were trained on."""
+        map_settings = {name: how for meta in self.metas for name, how in meta.get("maps", {}).items()}
+        return read_hints(hints, photos, self.size, map_settings)
+
+    def requests(
+        self, prompts: list[str], file: Path | None, count: int, seed: int, hints: dict[str, Any]
+    ) -> list[Request]:
+        """`read_requests`; says how many prompts are longer than the text encoder reads."""
+        requests = read_requests(prompts, file, count, seed, hints, self.size)
+        texts = {request.prompt for request in requests}
+        cut = sum(self.backbone.too_long(text) for text in texts)
+        if cut:
+            what = f"{cut} of {len(texts)} prompts are longer than the text encoder reads"
+            self.progress.note(f"{what}; the rest of each is ignored")
+        return requests
+
+    def write(self, requests: list[Request], folder: Path, weights: dict[str, float], normalize: bool | None) -> Path:
+        """Samples the requests into `folder`; returns the contact sheet."""
+        from ..core.sampling import sample_images, sampling_protocol, write_samples
+        from ..core.sites.attaching import tuned
+
+        used = [
+            {"method": tuner.method, "file": name, "scale": scale, "weights": weights}
+            for tuner, (name, scale) in zip(self.tuners, self.chosen, strict=True)
+        ]
+        scales = [scale for _, scale in self.chosen]
+        attached = tuned(
+            self.backbone.denoiser, *self.tuners, scales=scales, weights=weights or None, normalize=normalize
         )
-        report([folders[0].parent / "sheet.png"], as_json)
-        return
-
-    from ..core.backbones.loading import load_backbone
-    from ..core.checkpoint import load_tuner, read_meta, tuner_file
-    from ..core.devices import best_device
-    from ..core.progress import Progress
-    from ..core.sampling import sample_images, sampling_protocol, write_samples
-    from ..core.sites.attaching import tuned
-
-    chosen = [] if no_tuner else [split_scale(text) for text in tuner or [str(find_run(None).path)]]
-    base = base or (read_meta(tuner_file(chosen[0][0]))["base"]["id"] if chosen else "mini")
-    backbone = load_backbone(base, device=best_device(), offline=offline)
-    config = resolve_config(SampleConfig, flags=flags)
-    config = config.model_copy(update={"size": config.size or backbone.resolution})
-    tuners = [load_tuner(name, backbone, force=force) for name, _ in chosen]
-    maps, weights = read_hints(hint or [], photo or [], config.size)
-    requests = read_requests(prompts or [], prompts_file, count or 1, seed, maps, config.size)
-    say_what_is_cut(backbone, requests, Progress(quiet))
-    used = [
-        {"method": t.method, "file": n, "scale": s, "weights": weights}
-        for t, (n, s) in zip(tuners, chosen, strict=True)
-    ]
-    folder = out or Path("samples")
-    with (
-        Progress(quiet).counting(len(requests), "sampling") as advance,
-        tuned(
-            backbone.denoiser,
-            *tuners,
-            scales=[scale for _, scale in chosen],
-            weights=weights or None,
-            normalize=False if no_normalize else None,
-        ),
-    ):
-        write_samples(
-            folder, sample_images(backbone, requests, config, advance), sampling_protocol(backbone, config, used)
-        )
-    report([folder / "sheet.png"], as_json)
-
-
-def say_what_is_cut(backbone: Backbone, requests: list[Request], progress: Progress) -> None:
-    """Tells how many prompts are longer than the text encoder reads."""
-    prompts = {request.prompt for request in requests}
-    cut = sum(backbone.too_long(prompt) for prompt in prompts)
-    if cut:
-        progress.note(
-            f"{cut} of {len(prompts)} prompts are longer than the text encoder reads; the rest of each is ignored"
-        )
-
-
-def report(sheets: list[Path], as_json: bool) -> None:
-    """Says where the contact sheets are."""
-    print(json.dumps({"sheets": [str(s) for s in sheets]}) if as_json else "\n".join(str(s) for s in sheets))
+        with self.progress.counting(len(requests), "sampling") as advance, attached:
+            images = sample_images(self.backbone, requests, self.config, advance)
+            write_samples(folder, images, sampling_protocol(self.backbone, self.config, used))
+        return folder / "sheet.png"
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -161,25 +198,23 @@ def split_scale(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def read_hints(hints: list[str], photos: list[str], size: int) -> tuple[dict[str, Any], dict[str, float]]:
+def read_hints(
+    hints: list[str], photos: list[str], size: int, map_settings: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, float]]:
     """NAME=FILE[:WEIGHT] flags as uint8 (size, size, 3) hints and the weights that were given, by condition.
 
-    Maps (`hints`) are resized to the picture; photographs are resized first and then annotated.
+    `map_settings` says how maps were made that photographs are to be annotated like. Raises `UsageError`.
     """
-    from ..annotators import ANNOTATORS, annotator
-    from ..core.data.conditions import condition
-    from ..core.data.images import BadImage, Geometry, decode_map, decode_rgb
-    from ..core.data.records import FileBlob
-    from ..core.errors import unknown
+    from ..annotators.hint_files import hint_from_map, hint_from_photo
+    from ..core.data.images import BadImage
 
-    found: dict[str, Any] = {}
+    images: dict[str, Any] = {}
     weights: dict[str, float] = {}
-    geometry = Geometry(size)
-    for flag, text, from_photo in [("--hint", t, False) for t in hints] + [("--photo", t, True) for t in photos]:
+    for flag, text in [*(("--hint", text) for text in hints), *(("--photo", text) for text in photos)]:
         name, equals, rest = text.partition("=")
         if not equals or not rest:
             raise UsageError(f"{flag} {text}: write it as NAME=FILE, e.g. canny=edges.png.")
-        if name in found:
+        if name in images:
             raise UsageError(f"{flag} {text}: condition '{name}' is given twice.")
         file, weight = split_scale(rest)
         if weight != 1.0 or file != rest:
@@ -187,23 +222,13 @@ def read_hints(hints: list[str], photos: list[str], size: int) -> tuple[dict[str
         if not Path(file).is_file():
             raise UsageError(f"{flag} {text}: no such file {file}.")
         try:
-            if not from_photo:
-                picture = decode_map(FileBlob(file), file)
-                fitted = geometry.apply_map(picture, picture.shape, names=condition(name).categorical)
-                if condition(name).needs_image and fitted.ndim == 2:
-                    raise UsageError(
-                        f"{flag} {text}: give the picture itself, with what is to be painted set to black."
-                    )
-                found[name] = fitted if condition(name).needs_image else condition(name).render(fitted, fitted)
-                continue
-            if name not in ANNOTATORS:
-                raise unknown("condition", name, ANNOTATORS)
-            image = geometry.apply(decode_rgb(FileBlob(file), file))
-            (made, _), *_ = annotator(name)([image], [Path(file).stem])
-            found[name] = condition(name).render(geometry.apply_map(made, image.shape), image)
+            if flag == "--hint":
+                images[name] = hint_from_map(name, file, size)
+            else:
+                images[name] = hint_from_photo(name, file, size, (map_settings or {}).get(name))
         except BadImage as error:
             raise UsageError(f"{flag} {text}: the file {error.reason}.") from error
-    return found, weights
+    return images, weights
 
 
 def read_requests(
@@ -226,7 +251,7 @@ def read_requests(
                 raise UsageError(f'--prompts {file}, line {number}: each row needs a "prompt".') from error
             rows.append(row)
     if not rows:
-        raise UsageError(f"--prompts {file} holds no prompt.")
+        raise UsageError(f"--prompts {file} contains no prompt.")
     requests = []
     for row in rows:
         own, _ = read_hints([f"{n}={(file or Path()).parent / f}" for n, f in row.get("hints", {}).items()], [], size)

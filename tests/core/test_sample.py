@@ -97,6 +97,24 @@ def test_a_photograph_becomes_a_hint(tuners: dict[str, Path], tmp_path: Path) ->
     assert set(np.unique(picture(tmp_path / "out" / "canny" / "000000.png"))) <= {0, 255}
 
 
+def test_a_photograph_is_annotated_as_the_tuners_maps_were(
+    backbone: Backbone, tuners: dict[str, Path], tmp_path: Path
+) -> None:
+    import cv2
+
+    from sctool.core.checkpoint import load_tuner
+
+    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8), (5, 5), 0)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    maps = {"canny": {"low": 20, "high": 60, "version": "canny-1"}}
+    save_tuner(tmp_path / "low", load_tuner(tuners["canny"], backbone), backbone, maps=maps)
+    words = ["sample", "a cat", f"--photo=canny={tmp_path / 'photo.png'}", "--steps", "1", "--quiet"]
+    for tuner, thresholds in ((tmp_path / "low", (20, 60)), (tuners["canny"], (100, 200))):
+        assert run([*words, "--tuner", str(tuner), "--out", str(tmp_path / "out")]) == 0
+        hint = picture(tmp_path / "out" / "canny" / "000000.png")
+        assert np.array_equal(hint[..., 0], cv2.Canny(image, *thresholds))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
