@@ -5,8 +5,8 @@
     python benchmarks/annotate.py --memory 50000      # memory of a run over this many small images
 
 Canny is compared with controlnet_aux's CannyDetector (not a dependency: pip install controlnet_aux), color with
-T2I-Adapter's palette from PIL image to PIL image, since controlnet_aux has no detector for it. Input: 512 px JPEG
-files; output: map files, whose pixels are compared first. Process CPU time is measured; the best turn counts.
+T2I-Adapter's palette from PIL image to PIL image, since controlnet_aux has no detector for it. Input are 512 px JPEG
+files, output map files, whose pixels are compared first. The CPU time of the process is measured; the best turn counts.
 """
 
 from __future__ import annotations
@@ -183,10 +183,8 @@ def command(src: Path, out: Path, jobs: int) -> list[str]:
 
 def passes(root: Path, count: int, turns: int) -> str:
     """CPU time of one run that makes three maps, and of three runs that make one map each, alternating."""
-    src, best = (
-        make_shards(root / "passes", count, max(1, count // 4), SIDE),
-        {"one": float("inf"), "three": float("inf")},
-    )
+    src = make_shards(root / "passes", count, max(1, count // 4), SIDE)
+    best = {"one": float("inf"), "three": float("inf")}
     for turn in range(turns):
         for name, conds in (("one", (",".join(THREE),)), ("three", THREE)):
             start = time.process_time()

@@ -193,7 +193,7 @@ def find_weights(cond: str, model: str, role: Role = "annotator", key: str = "mo
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?", model)
     if match is None or (match[2] is None and path.suffix in (".pth", ".safetensors")):
         if "/" in model or path.suffix:
-            raise UsageError(f"--cond {cond}:{key}={model}: not an existing file or folder, nor a hub id (OWNER/NAME).")
+            raise UsageError(f"--cond {cond}:{key}={model}: no such file or folder, and not a hub id (OWNER/NAME).")
         rows = (row for row in WEIGHTS.values() if cond in row.conds)
         candidates = [row.name for row in rows if (row.role == "detector") == (role == "detector")]
         raise unknown(f"{cond} {key}", model, candidates, " A path or a hub id may be given too.")

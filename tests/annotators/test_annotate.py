@@ -294,6 +294,17 @@ def test_signals_end_with_a_word_on_how_to_resume(tmp_path, number, jobs, code):
     assert go(src, out)["skipped"] > 0
 
 
+def test_hidden_files_keep_their_names_and_fields_so_that_older_sets_resume(tmp_path):
+    fields = ["settings", "source", "images", "failed", "errors", "files"]
+    go(folder_of(tmp_path / "f", 2), tmp_path / "folder")
+    assert sorted(tree(tmp_path / "folder/.sctool")) == ["lock", "part-00000.json", "settings.json"]
+    assert list(json.loads((tmp_path / "folder/.sctool/part-00000.json").read_text())) == [*fields, "rows"]
+    settings = json.loads((tmp_path / "folder/.sctool/settings.json").read_text())
+    assert list(settings) == ["source", "kind", "conditions", "opencv", "size", "layout", "render", "seed"]
+    go(shards_of(tmp_path / "s", 1, 2), tmp_path / "shards")
+    assert list(json.loads((tmp_path / "shards/00000_stats.json").read_text())) == fields
+
+
 def test_other_settings_or_another_source_never_mix(tmp_path):
     src = folder_of(tmp_path / "src", 2)
     go(src, tmp_path / "out", ("canny",))

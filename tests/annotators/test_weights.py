@@ -107,8 +107,8 @@ def test_pose_needs_its_detector_too(cache):
     [
         ("dpt-hybird", "unknown depth model 'dpt-hybird'. Did you mean 'dpt-hybrid'"),
         ("hed", "unknown depth model 'hed'"),
-        ("/no/such/folder", "not an existing file or folder, nor a hub id"),
-        ("depth.safetensors", "not an existing file or folder"),
+        ("/no/such/folder", "no such file or folder, and not a hub id"),
+        ("depth.safetensors", "no such file or folder"),
     ],
 )
 def test_wrong_models_are_named(model, words):

@@ -176,7 +176,7 @@ def test_an_evaluator_of_the_wrong_kind_is_named_by_its_flag(tmp_path: Path) -> 
     net.mkdir()
     (net / "config.json").write_text('{"model_type": "dpt", "architectures": ["DPTForDepthEstimation"]}')
     (net / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"--evaluator seg:model=.*net holds a DPTForDepthEstimation"):
+    with pytest.raises(UsageError, match=r"--evaluator seg:model=.*net contains a DPTForDepthEstimation"):
         evaluate(samples, Options(metrics=("iou",), evaluators=(f"seg:model={net}",), quiet=True))
 
 
