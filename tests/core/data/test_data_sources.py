@@ -201,7 +201,9 @@ def test_columns_that_are_maps(tmp_path):
         put(tmp_path / name, picture())
     row = {"canny": "e.png", "conditioning_image": "s.png", "any_file_name": "d.png", "depth": "near", "other": "c.png"}
     put(tmp_path / "metadata.jsonl", lines({"file_name": "a.png"} | row))
-    (record,) = open_source(tmp_path).records
+    source = open_source(tmp_path)
+    assert not source.faults
+    (record,) = source.records
     assert {cond: blob.name for cond, blob in record.maps.items()} == {"canny": "e.png", ANY: "s.png", "any": "d.png"}
     assert record.meta == row
 
