@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..eval.features.names import CLIP_MODEL, CLIP_TAG, FEATURES, WEIGHTS
-from ..eval.metrics import METRICS
+from ..eval.metrics import FEATURE_METRICS, METRICS, flag_list
 from ..eval.options import DEFAULT_COUNT, DEFAULT_SEED, Options
 
 
@@ -50,8 +50,8 @@ def evaluate(
     features: Annotated[
         str,
         typer.Option(
-            help=f"Features of --fid, --kid and --pr: {', '.join(FEATURES)} (mini is the embedded CLIP). The names of "
-            "the figures say which."
+            help=f"Features of {flag_list(FEATURE_METRICS)}: {', '.join(FEATURES)} (mini is the embedded CLIP). "
+            "The names of the figures say which."
         ),
     ] = Options.features,
     weights: Annotated[

@@ -111,8 +111,8 @@ SET_METRICS = {name: row for name, row in METRICS.items() if row.meter}
 """Metrics of whole image sets."""
 CONTROL = {name: row for name, row in METRICS.items() if row.hints}
 """Metrics that compare images with their hints."""
-REFERENCED = {name: row for name, row in METRICS.items() if row.references}
-"""Metrics that compare images with reference images."""
+FEATURE_METRICS = {name: row for name, row in SET_METRICS.items() if row.network == "features"}
+"""Metrics of image sets whose network --features selects."""
 
 
 def flag_list(names: Mapping[str, Metric], last: str = "and") -> str:

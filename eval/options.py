@@ -79,5 +79,6 @@ def check_options(options: Options) -> None:
             raise UsageError(f"{flag} does nothing here: only the CLIP score uses it. Add --clip, or leave it out.")
     if options.evaluators and not any(map(options.wants, CONTROL)):
         raise UsageError(
-            f"--evaluator does nothing here: only control metrics use it. Add {flag_list(CONTROL, 'or')}, or leave it out."
+            "--evaluator does nothing here: only control metrics use it. "
+            f"Add {flag_list(CONTROL, 'or')}, or leave it out."
         )

@@ -66,7 +66,7 @@ class Adherence:
                 )
 
     def _ready_evaluator(self, score: ControlScore) -> Annotator:
-        """What extracts the score's condition. Raises `SctoolError` if its weights, or all files to compare, are missing."""
+        """What extracts the score's condition. Raises `SctoolError` if weights or compared files are missing."""
         score.ready()
         if not any(_compared_file(score, row) for row in self.target.rows):
             what = "class maps" if score.compares_with == "map" else "reference images"

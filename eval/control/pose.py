@@ -144,7 +144,7 @@ def _pairs(similarity: np.ndarray) -> list[tuple[int, int]]:
 def average_precision(weights: np.ndarray, hits: np.ndarray, persons: float) -> float:
     """Mean over thresholds and 101 recalls of the interpolated precision; NaN without any person.
 
-    weights: how often each detection (D,), most certain first, counts; hits (D, T): whether it is correct at a threshold.
+    weights: how often each detection (D,), most certain first, counts; hits (D, T): is it correct at a threshold.
     """
     if not persons:
         return float("nan")

@@ -1,6 +1,6 @@
 """Feature extractors for distances between image sets, and which of them to use.
 
-Only Inception features make figures that are called FID, KID and so on; the names of others say which features they are.
+Only figures of Inception features are called FID, KID and so on; other names say which features they use.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ClipFeatures:
 
 
 class DinoFeatures:
-    """DINOv2's class token after the last norm, which Stein et al. 2023 (arXiv 2306.04675) use in place of Inception."""
+    """DINOv2's class token after the last norm, which Stein et al. 2023 (arXiv 2306.04675) use instead of Inception."""
 
     name, label, key, mark = "dinov2", "FD-DINOv2", "fd_dinov2", " (DINOv2 features)"
     side = 224
@@ -91,7 +91,7 @@ class DinoFeatures:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise SctoolError(
-                f"DINOv2 model {folder} cannot be loaded: {str(error).splitlines()[0]}. It should be {DINOV2} from the hub."
+                f"DINOv2 model {folder} cannot be loaded: {str(error).splitlines()[0]}. It should be {DINOV2}."
             ) from error
         self.net = net.eval().requires_grad_(False).to(device)
         self.device, self.dim = device, int(net.config.hidden_size)

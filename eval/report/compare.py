@@ -283,9 +283,7 @@ def _shared_base(figure: Figure, group: Sequence[Evaluation], notes: list[str]) 
     first = next(iter(bases.values()), None)
     if first and not all(math.isclose(base.value, first.value, rel_tol=1e-6) for base in bases.values()):
         values = ", ".join(f"{number(base.value)} ({label})" for label, base in bases.items())
-        notes.append(
-            f"{figure.name}: the base's figure differs between runs: {values}. Check how its images were drawn."
-        )
+        notes.append(f"{figure.name}: the base's figure differs between runs: {values}. Were its images drawn alike?")
         return None
     return first
 

@@ -17,8 +17,8 @@ MOST_BINS = 30
 def histogram(series: Mapping[str, Sequence[float]], name: str) -> tuple[Markup, int]:
     """The SVG of `series` (finite values by label), and how many values lie beyond its axis.
 
-    All series share their bins: Rice's rule over the pooled values, within Tukey's outer fences, so that an outlier does
-    not push the others into a single bar. Values beyond the axis are counted in the outermost bars.
+    All series share their bins: Rice's rule over the pooled values, within Tukey's outer fences, so that an outlier
+    does not push the others into a single bar. Values beyond the axis are counted in the outermost bars.
     """
     pooled = np.concatenate([np.asarray(values, np.float64) for values in series.values()])
     low, high = _limits(pooled)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...core.files import write_json, write_text
-from ..results import Figure, FolderResults, Results
+from ..results import Figure, Results
 
 ARROWS = {"lower": "↓", "higher": "↑", "": ""}
 COSTS = {
@@ -64,9 +64,7 @@ def show(results: Results, console: Console | None = None) -> None:
     """Prints the tables and the faults; the notes were printed on stderr and are in the files."""
     console = console or Console()
     if results.folders:
-        table = _table(
-            f"Evaluation of {results.target}", ["", *[_heading(folder) for folder in results.folders], "protocol"]
-        )
+        table = _table(f"Evaluation of {results.target}", _headings(results))
         narrow = console.width < WIDE * len(results.folders)
         for row in figure_rows(results):
             table.add_row(*(cell.replace(" [", "\n[") if narrow else cell for cell in row))
@@ -84,8 +82,8 @@ def show(results: Results, console: Console | None = None) -> None:
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def _heading(folder: FolderResults) -> str:
-    return f"{folder.label} (N={folder.count})"
+def _headings(results: Results) -> list[str]:
+    return ["", *[f"{folder.label} (N={folder.count})" for folder in results.folders], "protocol"]
 
 
 def _has_intervals(results: Results) -> bool:
@@ -109,9 +107,7 @@ def markdown(results: Results) -> str:
     """The report as Markdown, with the full protocols."""
     lines = [f"# Evaluation of {results.target}", ""]
     if results.folders:
-        lines += _markdown_table(
-            ["", *[_heading(folder) for folder in results.folders], "protocol"], figure_rows(results)
-        )
+        lines += _markdown_table(_headings(results), figure_rows(results))
         if _has_intervals(results):
             lines += [f"{INTERVALS}.", ""]
     if results.profile:

@@ -99,7 +99,7 @@ def _covariance_fault(mu: np.ndarray, sigma: np.ndarray) -> str | None:
 
 
 class FrechetStats:
-    """Streaming moments of features: n, sum x, sum x x^T. Mergeable over processes; the order matters only for rounding.
+    """Streaming moments of features: n, sum x, sum x x^T. Mergeable over processes; order affects only rounding.
 
     Up to `dim` features are stored as they are, which takes less memory than the matrix. Further ones are added to it
     in large batches, since a product of few rows costs as much as one of many.
@@ -222,7 +222,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if len(a.mu) != len(b.mu):
         raise SctoolError(
-            f"features of {len(a.mu)} and {len(b.mu)} dimensions cannot be compared: they come from different extractors."
+            f"features of {len(a.mu)} and {len(b.mu)} dimensions come from different extractors."
         )
     both = a.centred is not None and b.centred is not None
     cross = _trace_of_features(a, b) if both else _trace_of_covariances(a.sigma, b.root)

@@ -16,7 +16,7 @@ CHUNK = 1024  # rows of the kernel matrix at once
 
 @dataclass(frozen=True)
 class KernelSums:
-    """Sums of k(x, x') per pair of blocks (G, G), of k(x, x) and k(x, y) per block (G,), of k(y, y') off the diagonal."""
+    """Sums of k(x, x') per pair of blocks (G, G), of k(x, x) and k(x, y) per block (G,), of k(y, y') without y = y'."""
 
     within: np.ndarray
     diagonal: np.ndarray
