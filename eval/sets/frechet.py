@@ -221,9 +221,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     dimensions differ.
     """
     if len(a.mu) != len(b.mu):
-        raise SctoolError(
-            f"features of {len(a.mu)} and {len(b.mu)} dimensions come from different extractors."
-        )
+        raise SctoolError(f"features of {len(a.mu)} and {len(b.mu)} dimensions come from different extractors.")
     both = a.centred is not None and b.centred is not None
     cross = _trace_of_features(a, b) if both else _trace_of_covariances(a.sigma, b.root)
     distance = ((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross

@@ -268,6 +268,7 @@ def filled(kind: type, first: int, last: int) -> ImageFigures:
 def test_parts_merged_equal_the_whole_and_intervals_are_the_same_again(kind: type) -> None:
     whole, left = filled(kind, 0, 12), filled(kind, 0, 5)
     left.merge(filled(kind, 5, 12))
+    assert whole.compute().keys() <= kind().figure_info.keys()
     assert left.compute() == pytest.approx(whole.compute())
     assert left.intervals() == whole.intervals() == filled(kind, 0, 12).intervals()
     assert left.per_image() == whole.per_image()

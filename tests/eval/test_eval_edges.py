@@ -61,6 +61,11 @@ def test_f1_equals_its_definition_and_nmse_is_pooled() -> None:
 def test_tolerance_follows_the_diagonal() -> None:
     assert [tolerance(side, side) for side in (32, 64, 128, 256, 512, 768, 1024)] == [1, 1, 1, 1, 2, 4, 5]
     assert "f1@2px" in figures(lines(512), lines(512))
+    score = EdgeScore()
+    for size in (64, 512):
+        score.update_maps(lines(size), lines(size))
+    assert score.figure_info.keys() == score.compute().keys()
+    assert score.figure_info["f1@1-2px"] == ("F1@1-2px", "higher")
 
 
 def test_empty_hints_are_skipped_and_counted_and_sums_merge() -> None:

@@ -138,6 +138,7 @@ def test_flags_that_do_nothing_are_refused(tmp_path: Path) -> None:
         ({"clip_model": "ViT-B-32", "metrics": ("fid",)}, "--clip-model does nothing here"),
         ({"clip_weights": "openai", "metrics": ("fid",)}, "--clip-weights does nothing here"),
         ({"evaluators": ("canny",), "metrics": ("fid",)}, "--evaluator does nothing here"),
+        ({"evaluators": ("low=5",)}, "--evaluator 'low=5' sets nothing"),
         ({"weights": ("clip=nope",), "metrics": ("control",)}, "--weights clip=nope: no such file"),
         ({"weights": ("foo=bar",)}, r"unknown --weights network 'foo'.*clip, dinov2, inception"),
     ]
@@ -165,7 +166,9 @@ def test_an_evaluator_that_was_given_must_work(tmp_path: Path) -> None:
     for metrics in ((), ("control",)):
         with pytest.raises(UsageError, match=re.escape(f"--evaluator seg:model={path}: no such file")):
             evaluate(samples, Options(metrics=metrics, evaluators=(f"seg:model={path}",), quiet=True))
-        with pytest.raises(UsageError, match=r"--evaluator canny does nothing here: the conditions measured on .* are seg"):
+        with pytest.raises(
+            UsageError, match=r"--evaluator canny does nothing here: the conditions measured on .* are seg"
+        ):
             evaluate(samples, Options(metrics=metrics, evaluators=("canny",), quiet=True))
 
 

@@ -64,6 +64,7 @@ def test_base_and_tuned_stand_side_by_side(tmp_path: Path, capsys: pytest.Captur
     assert results.value("tuned", "canny.nmse") == 0
     assert results.value("base", "canny.f1@1px") < results.value("tuned", "canny.f1@1px") == 1
     assert all(all(figures) for _, figures in results.rows())  # every row is comparable
+    assert not any(figure.interval for folder in results.folders for figure in folder.figures)  # six images are too few
     for flag in ("clip", "is", "cmmd"):
         assert any(f"--{flag} skipped" in note for note in results.notes)
     assert any("biased upwards" in note for note in results.notes)
@@ -280,6 +281,7 @@ def test_a_run_is_sampled_first_and_only_once(run: Run) -> None:
     assert (run.samples / "tuned" / "metadata.jsonl").stat().st_mtime_ns == drawn
     target = find_target("edges", run.path.parent)
     assert why_draw(target, options) is None
+    assert why_draw(target, Options(steps=1)) is None  # guidance is the run's
     assert why_draw(target, Options(guidance=1.5)) == "the samples were not drawn with steps 50"  # the default
     for other, reason in (
         (Options(seed=7), "seeds that do not start at 7"),

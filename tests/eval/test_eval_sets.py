@@ -54,6 +54,7 @@ def test_parts_merged_equal_the_whole_and_its_interval(name: str) -> None:
     right.update(torch.from_numpy(x[1::2]), list(range(1, 43, 2)))
     left.merge(right)
     assert left.n == whole.n == 43
+    assert list(whole.compute(real)) == list(SET_METRICS[name].figures)
     for key, (value, interval) in whole.compute(real).items():
         merged = left.compute(real)[key]
         assert merged.value == pytest.approx(value, rel=1e-9)
