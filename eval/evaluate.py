@@ -33,8 +33,8 @@ def evaluate(target: str | Path | None = None, options: Options | None = None, *
     options = options or Options()
     check_options(options)
     progress = Progress(options.quiet)
-    found = find_target(target, runs, bare=not options.needs_metadata)
-    return _Evaluation(with_samples(found, options, progress), options, progress).run()
+    samples = with_samples(find_target(target, runs, bare=not options.needs_metadata), options, progress)
+    return _Evaluation(samples, options, progress).run()
 
 
 class _Evaluation:

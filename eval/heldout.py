@@ -150,8 +150,8 @@ def side_by_side(folders: Sequence[Path], requests: Sequence[Request], count: in
     shown = {i: requests[i] for i in (row * len(requests) // count for row in range(count))}
     rows = []
     for index, request in shown.items():
-        pictures = [np.asarray(Image.open(folder / f"{index:06d}.png")) for folder in folders]
-        rows.append([*request.hints.values(), *pictures])
+        images = [np.asarray(Image.open(folder / f"{index:06d}.png")) for folder in folders]
+        rows.append([*request.hints.values(), *images])
     path = folders[0].parent / "sheet.png"
     headings = [*requests[0].hints, *(folder.name for folder in folders)]
     save_png(sheet(rows, headings, [r.prompt[:60] for r in shown.values()], title), path)

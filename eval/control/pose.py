@@ -102,9 +102,9 @@ class PoseScore(ControlScore):
         self._detections += other._detections
 
     def compute(self) -> dict[str, float]:
-        """The figures. Raises `SctoolError` where no reference shows a person."""
+        """The figures by key. Raises `SctoolError` if no reference image contains a person."""
         if not sum(row[3] for row in self._rows):
-            raise SctoolError(f"pose: nobody is in the {self.n} reference pictures, so there is nothing to compare.")
+            raise SctoolError(f"pose: the {self.n} reference images contain no person, so there is nothing to compare.")
         return super().compute()
 
 

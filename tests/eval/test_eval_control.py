@@ -193,7 +193,7 @@ def test_oks_and_figures_of_known_persons() -> None:
     assert half.per_image()["recall"] == {0: 1, 2: 0}
     empty = PoseScore()
     empty.update_maps([person(0)], [])
-    with pytest.raises(SctoolError, match="nobody"):
+    with pytest.raises(SctoolError, match="contain no person"):
         empty.compute()
 
 

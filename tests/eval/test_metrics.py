@@ -72,7 +72,7 @@ def test_control_metrics_select_conditions_by_their_scores() -> None:
 
 
 def test_unknown_metrics_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown metric 'nmes'. Did you mean 'nmse'"):
+    with pytest.raises(UsageError, match=r"unknown metric 'nmes'\. Did you mean 'nmse'"):
         evaluate(tmp_path, Options(metrics=("nmes",), quiet=True))
     assert flag_list({name: METRICS[name] for name in ("fid", "kid", "pr")}, "or") == "--fid, --kid or --pr"
 

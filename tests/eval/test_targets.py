@@ -50,8 +50,8 @@ def test_a_run_comes_before_a_folder_that_cannot_be_evaluated() -> None:
         find_target("edges", bare=True)
     with pytest.raises(UsageError, match=r"edges contains images \(1\) but no metadata\.jsonl"):
         find_target("./edges")
+    Path("other").mkdir()
     with pytest.raises(UsageError, match="other contains no images"):
-        Path("other").mkdir()
         find_target("other")
 
 
@@ -80,8 +80,8 @@ def test_commands_say_that_a_name_is_ambiguous(capsys: pytest.CaptureFixture[str
 
 
 def test_compare_prefers_what_was_evaluated() -> None:
+    Path("edges").mkdir()
     with pytest.raises(UsageError, match=r"runs/edges has no evaluation\.json.*sctool evaluate runs/edges"):
-        Path("edges").mkdir()
         find_evaluation("edges")
     Path("runs/edges/evaluation.json").touch()
     make_samples(Path("edges"))
