@@ -14,15 +14,15 @@ from ..core.errors import UsageError
 def compare(
     targets: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RUN", help="Run names or folders, sample folders, or evaluation.json files."),
+        typer.Argument(metavar="RUN", help="Run names or folders, samples folders, or evaluation.json files."),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     out: Annotated[Path | None, typer.Option(help="Also write the table as Markdown to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Put what `sctool evaluate` measured on several runs side by side.
+    """Compare the results of `sctool evaluate` for several runs.
 
-    Figures of different protocols are never put in one row; they are listed below, with what differs.
+    Figures with different protocols never share a row; they are listed below the table, with what differs.
 
     Examples:
 
@@ -33,18 +33,17 @@ def compare(
       sctool compare a/evaluation.json b/evaluation.json --json
     """
     if out and out.is_dir():
-        raise UsageError(f"--out {out} is a folder; give a file, e.g. {out / 'comparison.md'}.")
+        raise UsageError(f"--out {out} is a folder; pass a file, e.g. {out / 'comparison.md'}.")
 
     from ..core.files import write_text
-    from ..eval.report.compare import compare as put
-    from ..eval.report.compare import markdown, show
+    from ..eval.report.compare import compare_runs, markdown, show
 
-    found = put(targets or [], runs)
+    comparison = compare_runs(targets or [], runs)
     if out:
-        write_text(out, markdown(found))
+        write_text(out, markdown(comparison))
     if as_json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(comparison.to_json()))
         return
-    show(found)
+    show(comparison)
     if out:
         print(out)

@@ -1,92 +1,114 @@
-"""`sctool evaluate`: pictures in, numbers with their protocols out."""
+"""`sctool evaluate`: images in, numbers with their protocols out."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..eval.features.names import CLIP_MODEL, CLIP_TAG, FEATURES, WEIGHTS
+from ..eval.metrics import FEATURE_METRICS, METRICS, flag_list
+from ..eval.options import DEFAULT_COUNT, DEFAULT_SEED, Options
 
+
+def _with_metric_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with a flag for each metric of the table in place of its parameter `metrics`."""
+
+    @functools.wraps(command)
+    def with_flags(**values: Any) -> None:
+        requested = tuple(name for name in METRICS if values.pop(f"metric_{name}"))
+        command(metrics=requested, **values)
+
+    flags = [
+        inspect.Parameter(
+            f"metric_{row.name}",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option(row.flag, help=row.help)],
+        )
+        for row in METRICS.values()
+    ]
+    signature = inspect.signature(command, eval_str=True)
+    parameters = []
+    for parameter in signature.parameters.values():
+        parameters += flags if parameter.name == "metrics" else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
+    vars(with_flags)["__signature__"] = signature.replace(parameters=parameters)
+    return with_flags
+
+
+@_with_metric_flags
 def evaluate(
     target: Annotated[
         str | None, typer.Argument(help="Samples folder, run folder, or run name. \\[default: the latest run]")
     ] = None,
-    fid: Annotated[bool, typer.Option("--fid", help="Fréchet distance to the real pictures.")] = False,
-    kid: Annotated[
-        bool, typer.Option("--kid", help="Kernel distance to the real pictures; fair to small sets.")
-    ] = False,
-    inception_score: Annotated[
-        bool, typer.Option("--is", help="Inception score; compares with no real pictures.")
-    ] = False,
-    pr: Annotated[bool, typer.Option("--pr", help="Precision and recall against the real pictures.")] = False,
-    cmmd: Annotated[bool, typer.Option("--cmmd", help="CLIP discrepancy (CMMD) to the real pictures.")] = False,
-    clip: Annotated[bool, typer.Option("--clip", help="CLIP score against the prompts.")] = False,
-    control: Annotated[
-        bool, typer.Option("--control", help="How far the pictures keep to their hints, for every condition they have.")
-    ] = False,
-    nmse: Annotated[bool, typer.Option("--nmse", help="Of these, edges (canny, sketch) only: NMSE and F1.")] = False,
-    iou: Annotated[bool, typer.Option("--iou", help="Of these, seg only: mIoU and accuracies.")] = False,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Parameters, step times and peak memory against the base.")
-    ] = False,
+    metrics: tuple[str, ...] = (),
     features: Annotated[
         str,
         typer.Option(
-            help="Of --fid, --kid and --pr: auto, inception, inception-clean, clip, dinov2, or mini (the embedded "
-            "CLIP). Figures are named by them."
+            help=f"Features of {flag_list(FEATURE_METRICS)}: {', '.join(FEATURES)} (mini is the embedded CLIP). "
+            "The names of the figures say which."
         ),
-    ] = "auto",
+    ] = Options.features,
     weights: Annotated[
         list[str] | None,
         typer.Option(
-            help="Weights of the features, or inception=PATH, clip=PATH, dinov2=PATH; repeatable. \\[default: the "
-            "caches of torch and of the hub, else a download]"
+            help=f"Weights of the features, or {', '.join(f'{name}=PATH' for name in WEIGHTS)}; repeatable. "
+            "\\[default: the caches of torch and the Hugging Face hub, else a download]"
         ),
     ] = None,
     evaluator: Annotated[
         list[str] | None,
         typer.Option(
-            help="What extracts a condition from the pictures, as in annotate --cond: seg:model=oneformer; repeatable. "
-            "\\[default: as the hint was made; for depth, seg and pose the evaluator of `sctool weights list`]"
+            help="What extracts a condition from the images, as in annotate --cond: seg:model=oneformer; repeatable. "
+            "\\[default: what made the hint; for depth, seg and pose the evaluator in `sctool weights list`]"
         ),
     ] = None,
     clip_model: Annotated[
-        str | None, typer.Option(help="open_clip model name, or a folder. \\[default: ViT-L-14]")
+        str | None, typer.Option(help=f"open_clip model name, or a folder. \\[default: {CLIP_MODEL}]")
     ] = None,
-    clip_weights: Annotated[str | None, typer.Option(help="Weight file or open_clip tag. \\[default: openai]")] = None,
+    clip_weights: Annotated[
+        str | None, typer.Option(help=f"Weight file or open_clip tag. \\[default: {CLIP_TAG}]")
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Folder of real pictures, or for --fid an .npz with mu and sigma. \\[default: the samples' own]"
+            help="Folder of reference images, or for --fid an .npz with mu and sigma. \\[default: the samples' own]"
         ),
     ] = None,
     save_stats: Annotated[
-        Path | None, typer.Option(help="Also write the reference statistics as .npz, for --reference.")
+        Path | None, typer.Option(help="Also write the statistics of the references as .npz, for --reference.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=2, help="Held-out pictures to draw where a run has fewer. \\[default: 200]")
+        int | None,
+        typer.Option(min=2, help=f"Held-out images to draw if a run has fewer. \\[default: {DEFAULT_COUNT}]"),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance of pictures drawn now. \\[default: the run's]")
+        float | None, typer.Option(help="Guidance scale of images drawn now. \\[default: the run's]")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps of pictures drawn now. \\[default: 50]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first picture drawn now. \\[default: 0]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps of images drawn now. \\[default: 50]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help=f"Seed of the first image drawn now. \\[default: {DEFAULT_SEED}]")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     out: Annotated[
-        Path | None, typer.Option(help="Folder of evaluation.json and evaluation.md. \\[default: beside the samples]")
+        Path | None,
+        typer.Option(help="Folder for evaluation.json and evaluation.md. \\[default: next to the samples]"),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Also write report.html, with pictures and histograms, to this folder.")
+        Path | None, typer.Option(help="Also write report.html, with images and histograms, to this folder.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
 ) -> None:
-    """Measure drawn pictures; with no metric named, everything that applies.
+    """Measure drawn images; without a metric flag, compute every metric that applies.
 
-    Held-out pictures of a run that has none are drawn first, by the base and by the tuned model.
+    If a run has no held-out images yet, they are drawn first, with the base and with the tuned model.
 
     Examples:
 
@@ -96,26 +118,15 @@ def evaluate(
 
       sctool evaluate runs/scenes --iou --evaluator seg:model=oneformer
 
-      sctool evaluate runs/edges --report report          with report/report.html
+      sctool evaluate runs/edges --report report          also writes report/report.html
 
       sctool evaluate samples --fid --reference photos --weights pt_inception-2015-12-05-6726825d.pth
     """
-    chosen = {"fid": fid, "kid": kid, "is": inception_score, "pr": pr, "cmmd": cmmd, "clip": clip}
-    chosen |= {"control": control, "nmse": nmse, "iou": iou, "profile": profile}
-    sampling: dict[str, Any] = {"guidance": guidance, "steps": steps}
-    drawn = any(value is not None for value in sampling.values())
-
-    from ..core.config import SampleConfig, resolve_config
-    from ..core.runs import find_run
     from ..eval.evaluate import evaluate as measure
-    from ..eval.options import Options
     from ..eval.report.tables import show, write
-    from ..eval.targets import is_run
 
-    if drawn and is_run(target):
-        sampling["guidance"] = guidance if guidance is not None else find_run(target, runs).config.guidance
     options = Options(
-        metrics=tuple(name for name, wanted in chosen.items() if wanted),
+        metrics=metrics,
         features=features,
         weights=tuple(weights or ()),
         evaluators=tuple(evaluator or ()),
@@ -125,7 +136,8 @@ def evaluate(
         save_stats=save_stats,
         offline=offline,
         count=count,
-        sampling=resolve_config(SampleConfig, flags=sampling) if drawn else None,
+        steps=steps,
+        guidance=guidance,
         seed=seed,
         quiet=quiet,
     )

@@ -1,1 +1,1 @@
-"""Numbers: metrics of drawn pictures, one file a metric, and the report."""
+"""Numbers: metrics of drawn images, with their protocols, and reports."""

@@ -1,4 +1,4 @@
-"""A run's data opened as the run saw it, and samples of its held-out pictures from the base and the tuned model."""
+"""A run's data as the run saw it, and samples of its held-out images from the base and the tuned model."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from ..core.sampling import Request
 
 SHOWN = 8  # rows of the sheet that shows hint, base and tuned side by side
-DRAWN = "heldout.json"
-EVALUATED = ("test", "validation", "val")  # test rows first: the run itself looked at the validation rows
+COUNTS = "heldout.json"
+SPLITS = ("test", "validation", "val")  # test rows first: the run itself used the validation rows
 
 
 def evaluation_records(source: Source, held_out: Source | None, config: TrainConfig) -> list[Record]:
-    """Records that training never saw: the held-out set, else rows marked test, else what training held out."""
+    """Records that training never saw: the held-out set, else rows marked as test, else what training held out."""
     from ..core.training.splits import split_records
 
     if held_out is not None:
         return list(held_out.records)
-    for name in EVALUATED:
+    for name in SPLITS:
         marked = [r for r in source.records if r.split == name]
         if marked:
             return marked
@@ -50,12 +50,12 @@ def sample_heldout(
     offline: bool = False,
     out: Path | None = None,
 ) -> list[Path]:
-    """Draws held-out captions with their hints into run/samples/<which>, or `out`/<which>.
+    """Draws held-out captions with their hints into run/samples/<which>, or `out`/<which>; returns the folders.
 
-    "base" draws the untouched base (its hints are kept beside it for comparison), "tuned" the trained tuner; picture i
-    has seed + i in both. sheet.png beside the folders shows the first ones side by side. Gives the folders.
-    heldout.json beside them notes how many were asked for and drawn. Raises `SctoolError` where the run holds nothing
-    out, and `UsageError` where its data are gone.
+    "base" draws with the untouched base (its hints are saved beside it for comparison), "tuned" with the trained tuner;
+    image i has seed + i in both. Beside the folders, sheet.png shows some images side by side, and heldout.json records
+    how many were requested and drawn. Raises `SctoolError` if the run has no held-out data, and `UsageError` if its
+    data is gone.
     """
     from ..core.backbones.loading import load_backbone
     from ..core.checkpoint import load_tuner
@@ -84,17 +84,17 @@ def sample_heldout(
                 map, names = decode_map(record.maps[name], record.maps[name].name), condition(name).categorical
                 fitted = geometry.apply_map(map, image.shape, names=names)
                 hints[name] = condition(name).render(fitted, reference)
-                if names and fitted.ndim == 2:  # colours do not tell all classes apart
+                if names and fitted.ndim == 2:  # some classes share a colour
                     maps[name] = fitted
         except (BadImage, KeyError):
             continue
         caption = PromptRule(config.trigger, config.caption)(record)
         requests.append(Request(caption, seed + len(requests), hints, reference, record.key, record.label, maps))
     if not requests:
-        raise SctoolError(f"{run.path}: its data hold nothing out to sample; give --val-data when training.")
+        raise SctoolError(f"{run.path}: its data has no held-out images to sample; pass --val-data when training.")
     progress = Progress(quiet)
     folders, parent = [], out or run.samples
-    (parent / DRAWN).unlink(missing_ok=True)
+    (parent / COUNTS).unlink(missing_ok=True)
     for kind in which:
         folder = parent / kind
         with progress.counting(len(requests), f"sampling {kind}") as advance:
@@ -113,36 +113,36 @@ def sample_heldout(
                         sampling_protocol(backbone, sampling, [used]),
                     )
         folders.append(folder)
-    write_json(parent / DRAWN, {"asked": count, "drawn": len(requests)})
+    write_json(parent / COUNTS, {"asked": count, "drawn": len(requests)})
     side_by_side(folders, requests, SHOWN, f"{run.name}, on from {config.init}" if config.init else run.name)
     return folders
 
 
 def held_out(run: Run) -> int | None:
-    """How many pictures the run holds out, if a drawing asked for more than there are; None where that is not known."""
+    """How many held-out images the run has, if more were once requested than it has; None if unknown."""
     try:
-        noted = json.loads((run.samples / DRAWN).read_text(encoding="utf-8"))
-        asked, drawn = int(noted["asked"]), int(noted["drawn"])
-    except (OSError, ValueError, KeyError, TypeError):  # older samples, or a drawing that was interrupted
+        counts = json.loads((run.samples / COUNTS).read_text(encoding="utf-8"))
+        asked, drawn = int(counts["asked"]), int(counts["drawn"])
+    except (OSError, ValueError, KeyError, TypeError):  # older samples, or an interrupted drawing
         return None
     return drawn if drawn < asked else None
 
 
 def _data_there(run: Run) -> None:
-    """Raises `UsageError` where the sets that the run was trained on are no longer there."""
+    """Raises `UsageError` if the data sets that the run was trained on no longer exist."""
     for key in ("data", "val_data", "maps"):
         value = getattr(run.config, key)
         if value is not None and str(value) != "photos" and not Path(value).expanduser().exists():
             raise UsageError(
-                f"the held-out pictures of {run.path} come from its {key}={value}, which is not there. Put it back, or "
-                f"train again with the right --{key.replace('_', '-')}."
+                f"the held-out images of {run.path} come from its {key}={value}, which does not exist. Restore it, or "
+                f"train again with another --{key.replace('_', '-')}."
             )
 
 
 def side_by_side(folders: Sequence[Path], requests: Sequence[Request], count: int, title: str) -> Path:
-    """sheet.png beside the folders: a row a picture, its hints on the left, then the same picture of each folder.
+    """Writes sheet.png beside the folders: one row per image, its hints on the left, then the image of each folder.
 
-    `count` pictures spread evenly over all, since neighbours in a set are often alike.
+    Shows `count` images spread evenly over the set, since neighbours are often alike.
     """
     import numpy as np
     from PIL import Image
@@ -153,8 +153,8 @@ def side_by_side(folders: Sequence[Path], requests: Sequence[Request], count: in
     shown = {i: requests[i] for i in (row * len(requests) // count for row in range(count))}
     rows = []
     for index, request in shown.items():
-        pictures = [np.asarray(Image.open(folder / f"{index:06d}.png")) for folder in folders]
-        rows.append([*request.hints.values(), *pictures])
+        images = [np.asarray(Image.open(folder / f"{index:06d}.png")) for folder in folders]
+        rows.append([*request.hints.values(), *images])
     path = folders[0].parent / "sheet.png"
     headings = [*requests[0].hints, *(folder.name for folder in folders)]
     save_png(sheet(rows, headings, [r.prompt[:60] for r in shown.values()], title), path)
@@ -162,9 +162,9 @@ def side_by_side(folders: Sequence[Path], requests: Sequence[Request], count: in
 
 
 def adherence(
-    conds: Sequence[str], made: dict[str, Any], *, quiet: bool = False
+    conds: Sequence[str], map_settings: dict[str, Any], *, quiet: bool = False
 ) -> dict[str, Callable[..., dict[str, float]]]:
-    """For each condition that can be measured, a function (pictures, hints) -> figures; see `eval/control/table.py`."""
+    """For each condition that can be measured, a function (images, hints) -> figures; see `eval/control/table.py`."""
     from .control.table import measures
 
-    return measures(conds, made, Progress(quiet).note)
+    return measures(conds, map_settings, Progress(quiet).note)

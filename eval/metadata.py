@@ -1,6 +1,6 @@
-"""The files that say what pictures were drawn from, metadata.jsonl and sampling.json, read and checked.
+"""Reads and checks metadata.jsonl and sampling.json, which record what images were drawn from and how.
 
-Anyone may have written them, so every fault is a `UsageError` that names file, line and field.
+Other programs may have written them, so every fault is a `UsageError` that names file, line and field.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ..core.data.paths import is_utf8
 from ..core.errors import UsageError
 
 
-class Row(BaseModel):
-    """What is read of a row of metadata.jsonl; other fields may be anything."""
+class SampleRow(BaseModel):
+    """The fields of a row of metadata.jsonl that are used; others may hold anything."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -29,8 +29,8 @@ class Row(BaseModel):
     maps: dict[str, str] | None = None
 
 
-class Base(BaseModel):
-    """The base model that drew the pictures."""
+class BaseIdentity(BaseModel):
+    """The base model that drew the images."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -38,24 +38,24 @@ class Base(BaseModel):
     hash: str | None = None
 
 
-class Sampling(BaseModel):
-    """What is read of sampling.json; other fields may be anything."""
+class SamplingFile(BaseModel):
+    """The fields of sampling.json that are used; others may hold anything."""
 
     model_config = ConfigDict(extra="allow")
 
-    base: Base = Base()
+    base: BaseIdentity = BaseIdentity()
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metadata.jsonl, one JSON object a line, empty lines left out. Raises `UsageError`."""
+    """The rows of a metadata.jsonl, one JSON object per line; empty lines are skipped. Raises `UsageError`."""
     # Only b"\n" ends a line: str.splitlines would also cut at U+2028 and U+0085, which JSON allows inside strings.
     lines = _bytes(file).split(b"\n")
-    return [_parsed(line, Row, f"{file} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [_parsed(line, SampleRow, f"{file} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def read_sampling(file: Path) -> dict[str, Any]:
-    """The values of a sampling.json; {} where there is none. Raises `UsageError`."""
-    return _parsed(_bytes(file), Sampling, str(file)) if file.is_file() else {}
+    """The values of a sampling.json; {} without the file. Raises `UsageError`."""
+    return _parsed(_bytes(file), SamplingFile, str(file)) if file.is_file() else {}
 
 
 def _bytes(file: Path) -> bytes:
@@ -66,7 +66,7 @@ def _bytes(file: Path) -> bytes:
 
 
 def _parsed(data: bytes, model: type[BaseModel], where: str) -> dict[str, Any]:
-    """The JSON object in `data`, as written, once `model` has found its fields right."""
+    """The JSON object in `data`, as written, after `model` has validated its fields."""
     try:
         value = json.loads(data.decode())
     except UnicodeDecodeError as error:
@@ -74,7 +74,7 @@ def _parsed(data: bytes, model: type[BaseModel], where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise UsageError(f"{where} is no JSON object.")
+        raise UsageError(f"{where} is not a JSON object.")
     try:
         model.model_validate(value)
     except ValidationError as error:
@@ -82,8 +82,8 @@ def _parsed(data: bytes, model: type[BaseModel], where: str) -> dict[str, Any]:
         field = ".".join(str(part) for part in first["loc"][:2] if part not in ("str", "int"))
         if first["type"] == "missing":
             raise UsageError(f"{where} has no {field}.") from error
-        wanted = first["msg"].removeprefix("Input should be ")
-        raise UsageError(f"{where}: {field} is {first['input']!r}; it should be {wanted}.") from error
+        expected = first["msg"].removeprefix("Input should be ")
+        raise UsageError(f"{where}: {field} is {first['input']!r}; it should be {expected}.") from error
     if not is_utf8(json.dumps(value, ensure_ascii=False)):
-        raise UsageError(f"{where} holds half a character (a lone surrogate, \\ud800 to \\udfff). Mend the text.")
+        raise UsageError(f"{where} contains half a character (a lone surrogate, \\ud800 to \\udfff). Correct the text.")
     return value

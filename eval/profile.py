@@ -1,8 +1,8 @@
-"""What a run's tuner costs against its base alone: parameters, step times, peak memory, measured in turns in one run.
+"""Costs of a run's tuner compared with its base alone: parameters, step times, peak memory, measured alternately.
 
-Both models get the same random latents, prompts and hints. A training step is one forward and backward pass (for the
-base alone: of all its weights, as full fine-tuning does it; without the optimizer); a sampling step is one prediction
-of a batch doubled for guidance, its hint already encoded, as in every step after the first.
+Both models get the same random latents, prompts and hints. A training step is one forward and backward pass without the
+optimizer; for the base alone it covers all weights, as in full fine-tuning. A sampling step is one prediction of a
+batch doubled for guidance, with the hint already encoded, as in every step after the first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Bench:
         self.text |= backbone.family.size_rows(batch, size, device)
         edges = (torch.rand((batch, 3, size, size), generator=g) > 0.9).float().to(device)
         self.hints = {name: edges for name in tuner.conditions} or None
-        # Doubled tensors are made once: the hint is encoded again only when another tensor comes.
+        # Doubled tensors are created once: the hint is encoded again only for a different tensor.
         self.doubled = torch.cat([self.latents] * 2), torch.cat([self.t] * 2)
         self.doubled_text = {key: torch.cat([value] * 2) for key, value in self.text.items()}
 
@@ -54,7 +54,7 @@ class _Bench:
 
     @torch.no_grad()
     def sample(self, tuned: bool) -> float:
-        """Seconds of one prediction, of `STEPS` in a row."""
+        """Seconds per prediction, averaged over `STEPS` in a row."""
         model = self._model(tuned).eval()
         inputs = (*self.doubled, self.doubled_text, self.hints if tuned else None)
         try:
@@ -96,21 +96,21 @@ def profile(
     models = {"base": False, "tuned": True}
     trains = {name: partial(bench.train, tuned) for name, tuned in models.items()}
     samplings = {name: partial(bench.sample, tuned) for name, tuned in models.items()}
-    found: dict[str, dict[str, Any]] = {name: {} for name in models}
+    costs: dict[str, dict[str, Any]] = {name: {} for name in models}
     for name, seconds in in_turns(trains, patience=patience).items():
-        found[name]["train_step_s"] = seconds
+        costs[name]["train_step_s"] = seconds
     for name, seconds in in_turns(samplings, patience=patience).items():
-        found[name]["sample_step_s"] = seconds
+        costs[name]["sample_step_s"] = seconds
     memory = PeakMemory(device)
     for name in models:
-        found[name]["train_peak_bytes"] = memory.of(trains[name])
-        found[name]["sample_peak_bytes"] = memory.of(samplings[name])
-    both = found["base"].keys()
-    ratio = {k: found["tuned"][k] / found["base"][k] for k in both if found["base"][k] and found["tuned"][k]}
+        costs[name]["train_peak_bytes"] = memory.of(trains[name])
+        costs[name]["sample_peak_bytes"] = memory.of(samplings[name])
+    base, tuned = costs["base"], costs["tuned"]
+    ratio = {key: tuned[key] / base[key] for key in base if base[key] and tuned[key]}
     return {
         "method": tuner.method,
         "parameters": parameters(backbone.denoiser, tuner),
-        **found,
+        **costs,
         "ratio": ratio,
         "protocol": {
             "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",

@@ -1,11 +1,11 @@
-"""Figures with their protocols. Figures of different protocols are never put side by side."""
+"""Figures with their protocols. Figures with different protocols are never put side by side."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,23 @@ import numpy as np
 from ..core.errors import SctoolError
 
 Extract = Callable[[np.ndarray, str], np.ndarray]
+"""(image (H, W, 3), key) -> the map extracted from it, as an RGB image (H, W, 3); all uint8."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number and everything that it depends on besides the model that drew the pictures."""
+    """One number, and everything that it depends on besides the model that drew the images."""
 
     key: str
     """Machine name, e.g. "fid" or "canny.f1@1px"."""
     name: str
-    """Name in the table; says what it is, e.g. "FD (mini features)"."""
+    """Name in tables, e.g. "FD (mini features)"."""
     value: float
     better: str
-    """"lower", "higher" or "" where neither is better."""
+    """Which direction is better: "lower", "higher", or "" for neither."""
     protocol: dict[str, Any]
     interval: tuple[float, float] | None = None
-    """95 % interval over pictures (how it was found stands in the protocol); None where there is none."""
+    """95 % interval over images, computed as the protocol says; None where there are too few images."""
 
     @property
     def protocol_id(self) -> str:
@@ -39,8 +40,8 @@ class Figure:
 
 
 @dataclass
-class Picture:
-    """One drawn picture in the report: its files relative to the column's folder, and its own values."""
+class ImageResult:
+    """One drawn image: its files relative to the folder, and its own values."""
 
     file: str
     prompt: str = ""
@@ -49,115 +50,116 @@ class Picture:
     """Hint file of each condition."""
     reference: str | None = None
     values: dict[str, float] = field(default_factory=dict)
-    """By figure key, for every figure that is made of pictures' own values (CLIP cosine, F1, ...)."""
+    """By figure key, for every figure that single images have (CLIP cosine, F1, ...)."""
 
 
 @dataclass
-class Column:
-    """The figures of one folder of pictures."""
+class FolderResults:
+    """The figures of one folder of images."""
 
     label: str
-    folder: Path
+    path: Path
     count: int
     figures: list[Figure] = field(default_factory=list)
     faults: list[dict[str, str]] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list, repr=False)
+    """File and reason of everything that was left out."""
+    images: list[ImageResult] = field(default_factory=list, repr=False)
     extract: dict[str, Extract] = field(default_factory=dict, repr=False)
-    """For each condition that was measured: (picture (H, W, 3), key) -> the re-extracted map as RGB, for the report."""
+    """For each measured condition, what extracts it from an image, for the report."""
 
     def get(self, key: str) -> Figure | None:
-        """The figure of that key."""
+        """The figure with that key."""
         return next((figure for figure in self.figures if figure.key == key), None)
 
-    def spread(self, key: str, values: Mapping[int, float]) -> None:
-        """Notes a figure's own value at each picture, by position."""
+    def set_values(self, key: str, values: Mapping[int, float]) -> None:
+        """Records a figure's value for single images, by position."""
         for position, value in values.items():
-            self.pictures[position].values[key] = value
+            self.images[position].values[key] = value
 
 
 @dataclass
 class Results:
-    """What `evaluate` found: a column a folder, a cost profile for a run, and what the reader should know."""
+    """What `evaluate` measured: the figures of each folder, the costs of a run, and notes for the reader."""
 
     target: str
-    columns: list[Column]
+    folders: list[FolderResults]
     profile: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     def value(self, label: str, key: str) -> float:
         """One number, e.g. value("tuned", "canny.f1"). Raises `KeyError`."""
-        figure = next(column for column in self.columns if column.label == label).get(key)
+        figure = next(results for results in self.folders if results.label == label).get(key)
         if figure is None:
             raise KeyError(key)
         return figure.value
 
     def rows(self) -> list[tuple[Figure, list[Figure | None]]]:
-        """One row a comparable figure: (its description, the columns' figures).
+        """One row per comparable figure: (any of its figures, for name and protocol; the figure of each folder).
 
-        Figures of one name and different protocols stand in rows of their own.
+        Figures with the same key and different protocols get separate rows.
         """
         rows: dict[tuple[str, str], list[Figure | None]] = {}
-        for index, column in enumerate(self.columns):
-            for figure in column.figures:
-                row = rows.setdefault((figure.key, figure.protocol_id), [None] * len(self.columns))
+        for index, results in enumerate(self.folders):
+            for figure in results.figures:
+                row = rows.setdefault((figure.key, figure.protocol_id), [None] * len(self.folders))
                 row[index] = figure
-        made = []
+        described = []
         for row in rows.values():
             present = [figure for figure in row if figure]
-            compare(*present)
-            made.append((present[0], row))
-        return made
+            check_comparable(*present)
+            described.append((present[0], row))
+        return described
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as one JSON value; figures name their protocol, which stands once under "protocols".
+        """Everything as one JSON value; figures name their protocol, which is listed once under "protocols".
 
-        NaN and infinity, which JSON does not know, become null.
+        NaN and infinity, which JSON does not have, become null.
         """
-        figures = [figure for column in self.columns for figure in column.figures]
-        found = {
+        figures = [figure for results in self.folders for figure in results.figures]
+        value = {
             "target": self.target,
-            "folders": {
-                column.label: {
-                    "folder": str(column.folder),
-                    "count": column.count,
-                    "figures": {
-                        f.key: {
-                            "name": f.name,
-                            "value": f.value,
-                            "better": f.better,
-                            "interval": f.interval if f.interval and all(map(math.isfinite, f.interval)) else None,
-                            "protocol": f.protocol_id,
-                        }
-                        for f in column.figures
-                    },
-                    "faults": column.faults,
-                }
-                for column in self.columns
-            },
+            "folders": {results.label: _folder_json(results) for results in self.folders},
             "profile": self.profile,
             "notes": self.notes,
             "protocols": {figure.protocol_id: figure.protocol for figure in figures},
         }
-        return _finite(found)
+        return _finite(value)
+
+
+def _folder_json(results: FolderResults) -> dict[str, Any]:
+    return {
+        "folder": str(results.path),
+        "count": results.count,
+        "figures": {
+            f.key: {
+                "name": f.name,
+                "value": f.value,
+                "better": f.better,
+                "interval": f.interval if f.interval and all(map(math.isfinite, f.interval)) else None,
+                "protocol": f.protocol_id,
+            }
+            for f in results.figures
+        },
+        "faults": results.faults,
+    }
 
 
 def _finite(value: Any) -> Any:
-    """The value with None for every number in it that is not finite."""
+    """The value with every number that is not finite replaced by None."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def compare(*figures: Figure) -> Sequence[Figure]:
-    """The figures, if they may stand side by side. Raises `SctoolError` naming where their protocols differ."""
+def check_comparable(*figures: Figure) -> None:
+    """Raises `SctoolError`, naming where the protocols differ, unless the figures may be put side by side."""
     for other in figures[1:]:
         if other.key != figures[0].key or other.protocol_id != figures[0].protocol_id:
             keys = sorted(figures[0].protocol.keys() | other.protocol.keys())
             differ = [k for k in keys if figures[0].protocol.get(k) != other.protocol.get(k)] or ["metric"]
             raise SctoolError(
-                f"{figures[0].name} and {other.name} cannot be compared: {', '.join(differ)} differ. "
+                f"{figures[0].name} and {other.name} cannot be compared: they differ in {', '.join(differ)}. "
                 "Evaluate both in the same way."
             )
-    return figures

@@ -1,4 +1,4 @@
-"""What there is to evaluate: folders of samples, with or without the run that they belong to."""
+"""What can be evaluated: folders of samples, with or without the run that they belong to."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 
 from ..core.data.images import BadImage, decode_rgb
-from ..core.errors import SctoolError, UsageError
+from ..core.data.paths import is_picture
+from ..core.errors import UsageError
+from ..core.files import sha256
 from ..core.runs import Run, find_run
 from .metadata import read_rows, read_sampling
+from .metrics import SET_METRICS, flag_list
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KINDS = ("base", "tuned")
 
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """A folder of pictures as `sctool sample` writes it: rows of metadata.jsonl, and how they were drawn."""
+    """A folder of images as `sctool sample` writes it: rows of metadata.jsonl, and how the images were drawn."""
 
     label: str
     path: Path
@@ -31,11 +33,11 @@ class SampleFolder:
 
     @property
     def base(self) -> str | None:
-        """The base's id, where the folder says it."""
+        """The base's id, where sampling.json has it."""
         return self.sampling.get("base", {}).get("id")
 
     def protocol(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What decides the pictures of `rows` besides the tuners: sampler, base, seeds, prompts, number."""
+        """What determines the images of `rows` besides the tuners: sampler, base, seeds, prompts, number."""
         return {
             "n": len(rows),
             "seeds": short_seeds([row.get("seed") for row in rows]),
@@ -47,59 +49,100 @@ class SampleFolder:
 
 @dataclass(frozen=True)
 class Target:
-    """What `evaluate` was pointed at; `run` is None for a bare folder of samples."""
+    """What `evaluate` was given; `run` is None for a folder of samples outside any run."""
 
     name: str
     path: Path
     run: Run | None
     folders: list[SampleFolder]
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of all folders."""
+        return [row for folder in self.folders for row in folder.rows]
 
-def resolve(target: str | Path | None, runs: str | Path = "runs", *, bare: bool = False) -> Target:
+
+# --------------------------------------------------------------------------------------------- finding the target
+
+
+def find_target(target: str | Path | None, runs: str | Path = "runs", *, bare: bool = False) -> Target:
     """A samples folder, a folder of several (base, tuned), a run by folder or name, or the latest run for None.
 
-    bare: accept pictures without metadata.jsonl. A run without samples has no folders yet.
-    Raises `UsageError` that says what is missing and how to get it.
+    bare: accept images without metadata.jsonl. A run without samples has no folders yet.
+    Raises `UsageError` for a name that is both a folder here and a run, and for what is missing, with the remedy.
     """
-    if target is not None and not is_run(target):
-        path = Path(target).expanduser()
-        found = [path] if (path / "metadata.jsonl").is_file() else _within(path)
-        folders = [read_folder(each) for each in found] or [_bare_folder(path, bare)]
-        return Target(str(target), path, None, folders)
-    run = find_run(target, runs)
-    return Target(run.name, run.path, run, [read_folder(each) for each in _within(run.samples)])
+    path = None if target is None else Path(target).expanduser()
+    if path is None or not path.is_dir() or _is_run(path):
+        _refuse_ambiguous(target, runs, path if path and path.is_dir() else None)
+        return run_target(find_run(path, runs))
+    named = run_of_name(target, runs)
+    folders = [read_folder(path)] if (path / "metadata.jsonl").is_file() else _sample_folders(path)
+    if folders or (bare and image_names(path)):
+        _refuse_ambiguous(target, runs, path)
+    elif named and _is_run(named):
+        return run_target(Run(named))
+    return Target(str(target), path, None, folders or [_bare_folder(path, bare)])
 
 
-def _within(path: Path) -> list[Path]:
+def run_target(run: Run) -> Target:
+    """A run with the held-out samples that it has."""
+    return Target(run.name, run.path, run, _sample_folders(run.samples))
+
+
+def run_of_name(target: str | Path | None, runs: str | Path) -> Path | None:
+    """The folder that a run of this name has under `runs`; None for a path such as ./NAME or a/b."""
+    return Path(runs) / target if target is not None and Path(target).name == str(target) else None
+
+
+def ambiguous(target: str | Path, here: Path, run: Path) -> UsageError:
+    """The error for a name that means both the folder `here` and the folder `run`."""
+    return UsageError(f"'{target}' is both the folder {here} and the run {run}. Write ./{here} or {run}.")
+
+
+def _refuse_ambiguous(target: str | Path | None, runs: str | Path, here: Path | None) -> None:
+    """Raises `UsageError` where `target` names a valid folder `here` and another run under `runs`."""
+    run = run_of_name(target, runs)
+    if target is not None and here and run and _is_run(run) and run.resolve() != here.resolve():
+        raise ambiguous(target, here, run)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()
+
+
+def _sample_folders(path: Path) -> list[SampleFolder]:
     """The complete sample folders in `path`, base first."""
-    return [path / kind for kind in KINDS if (path / kind / "metadata.jsonl").is_file()]
-
-
-def is_run(target: str | Path | None) -> bool:
-    """Whether the target means a run: nothing, a run folder, or a name that is no folder here."""
-    path = Path(target).expanduser() if target is not None else None
-    return path is None or not path.is_dir() or (path / "config.yaml").is_file()
+    return [read_folder(path / kind) for kind in KINDS if (path / kind / "metadata.jsonl").is_file()]
 
 
 def _bare_folder(path: Path, allowed: bool) -> SampleFolder:
-    names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+    names = image_names(path)
     if not names:
-        raise UsageError(f"{path} holds no pictures. Give a folder that `sctool sample` wrote, or a run folder.")
+        raise UsageError(f"{path} contains no images. Give a folder that `sctool sample` wrote, or a run folder.")
     if not allowed:
+        compared = {name: row for name, row in SET_METRICS.items() if row.references}
         raise UsageError(
-            f"{path} holds pictures ({len(names)}) and no metadata.jsonl, which says what each was drawn from. "
-            "`sctool sample` writes it; for --fid, --kid, --pr and --cmmd alone give the real pictures with "
+            f"{path} contains images ({len(names)}) but no metadata.jsonl, which lists prompts, hints and references. "
+            f"`sctool sample` writes it. For {flag_list(compared)} alone, pass the reference images with "
             "--reference FOLDER."
         )
     return SampleFolder(path.name, path, [{"file_name": name} for name in names])
 
 
 def read_folder(path: Path) -> SampleFolder:
-    """A samples folder. Raises `UsageError` for malformed or no rows."""
+    """A samples folder. Raises `UsageError` for malformed rows, or none."""
     rows = read_rows(path / "metadata.jsonl")
     if not rows:
-        raise UsageError(f"{path / 'metadata.jsonl'} lists no pictures. Draw some: sctool sample")
+        raise UsageError(f"{path / 'metadata.jsonl'} lists no images. Draw some: sctool sample")
     return SampleFolder(path.name, path, rows, read_sampling(path / "sampling.json"))
+
+
+# ------------------------------------------------------------------------------------------------- reading images
+
+
+def image_names(folder: Path) -> list[str]:
+    """Images below `folder`, by relative path, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if is_picture(path.name))
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -110,16 +153,24 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_picture(folder: Path, name: str) -> np.ndarray:
-    """uint8 (H, W, 3). Raises `BadImage` for what is missing or cannot be decoded."""
+def read_image(folder: Path, name: str) -> np.ndarray:
+    """uint8 (H, W, 3). Raises `BadImage` for a file that is missing or cannot be decoded."""
     try:
         return decode_rgb(inside(folder, name).read_bytes())
     except (OSError, ValueError) as error:  # ValueError: a name with NUL or a lone surrogate
         raise BadImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+def file_hash(folder: Path, name: str) -> str:
+    """SHA-256 of an image file; "unreadable" for a missing one."""
+    try:
+        return sha256(inside(folder, name))
+    except (OSError, BadImage):
+        return "unreadable"
+
+
 def short_seeds(seeds: Sequence[Any]) -> str:
-    """ "0-199" for seeds that count up, else their number and hash."""
+    """ "0-199" for consecutive seeds, else their number and hash."""
     if not seeds or any(not isinstance(seed, int) for seed in seeds):
         return "unknown"
     if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
@@ -130,9 +181,3 @@ def short_seeds(seeds: Sequence[Any]) -> str:
 def digest(value: Any) -> str:
     """Twelve hex digits of the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def require(found: bool, flag: str, target: str, reason: str) -> None:
-    """Raises `SctoolError` when a metric that was asked for by name cannot be computed."""
-    if not found:
-        raise SctoolError(f"{flag}: {target} {reason}")

@@ -137,4 +137,4 @@ def mean_features(monkeypatch: pytest.MonkeyPatch) -> None:
             raise SctoolError("no Inception here.")
         return Means()
 
-    monkeypatch.setattr("sctool.eval.sets.metrics.choose_features", features)
+    monkeypatch.setattr("sctool.eval.sets.extraction.choose_features", features)

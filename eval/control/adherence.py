@@ -1,8 +1,8 @@
-"""Control metrics over folders of samples: what extracts each condition, what pictures are compared with, figures."""
+"""Control metrics over folders of samples: what extracts each condition, what it is compared with, and the figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,151 +12,133 @@ from ...annotators import make_annotators
 from ...annotators.base import Annotator
 from ...core.data.images import BadImage, decode_map
 from ...core.errors import SctoolError, UsageError, unknown
+from ..batches import Batch
+from ..metrics import CONTROL
 from ..options import Options
-from ..results import Column, Figure
-from ..sets.references import file_hash
-from ..targets import SampleFolder, Target, digest, inside, read_picture
+from ..results import Figure, FolderResults
+from ..targets import SampleFolder, Target, digest, file_hash, inside, read_image
 from .base import ControlScore
-from .table import EDGES, SEGMENTATION, scores
+from .table import conditions_of, scores
 
-NAMES = {
-    "nmse": "NMSE",
-    "nmse_median": "NMSE, median picture",
-    "f1": "F1",
-    "distance": "palette difference (0-255)",
-    "outside": "change outside the hole (0-255)",
-    "hole": "share of the hole",
-    "ssim": "SSIM",
-    "ms_ssim": "MS-SSIM",
-    "rmse": "RMSE (0-255)",
-    "rmse_aligned": "RMSE, scale and shift aligned (0-255)",
-    "miou": "mIoU",
-    "aacc": "pixel accuracy",
-    "macc": "mean class accuracy",
-    "fwiou": "frequency-weighted IoU",
-    "classes": "classes present",
-    "oks_ap": "OKS-AP",
-    "pck@0.2": "PCK@0.2",
-    "recall": "persons found",
-}
+EVALUATOR = "--evaluator"
 
 
 class Adherence:
-    """The conditions of a target that are to be measured, each with what extracts it from a picture."""
+    """The conditions of a target that are measured, each with what extracts it from an image."""
 
-    def __init__(self, target: Target, options: Options, applies: set[str], note: Callable[[str], None]) -> None:
-        """`applies`: the metrics that are to be computed, of `options.CONTROL` among them; else nothing is measured.
+    def __init__(self, target: Target, options: Options, metrics: set[str], note: Callable[[str], None]) -> None:
+        """Measures the conditions of those of `metrics` that are control metrics.
 
-        Weights that are missing are an error for --nmse and --iou, and for --control where nothing else is left;
-        otherwise `note` is told. An evaluator that was given must work: it is an error where it cannot be had, or where
-        its condition is not measured. Raises `UsageError` for an evaluator of an unknown condition.
+        Missing weights are an error for conditions that a metric like --nmse requested by name, for given evaluators,
+        and for --control where no other condition is left; otherwise the condition is skipped with a note.
+        Raises `UsageError` for an evaluator whose condition is unknown or not measured.
         """
-        self.target, self.note, self.made = target, note, _made(target)
-        self.rows = [row for folder in target.folders for row in folder.rows]
-        given = {one.name: one for one in make_annotators(options.evaluators)} if options.evaluators else {}
+        self.target, self.note, self.map_settings = target, note, _map_settings(target)
+        given = {a.name: a for a in make_annotators(options.evaluators, flag=EVALUATOR)} if options.evaluators else {}
+        present = {cond for row in target.rows for cond in row.get("hints") or {}}
+        measured = sorted(present & set().union(*(conditions_of(CONTROL[name]) for name in metrics & CONTROL.keys())))
+        self._check_evaluators(given, measured)
+        selected = [CONTROL[name] for name in options.metrics if name in CONTROL and CONTROL[name].hints == "selected"]
+        required = given.keys() | set().union(*map(conditions_of, selected))
+        self.evaluators: dict[str, Annotator] = {}
+        missing: list[SctoolError] = []
+        for cond in measured:
+            try:
+                score = scores()[cond](self.map_settings.get(cond), given.get(cond))
+                self.evaluators[cond] = self._ready_evaluator(score)
+            except SctoolError as error:
+                if cond in required or isinstance(error, UsageError):
+                    raise
+                missing.append(error)
+                note(f"{cond} adherence skipped: {error}")
+        if missing and not self.evaluators and "control" in options.metrics:
+            raise missing[0]
+
+    def _check_evaluators(self, given: Mapping[str, Annotator], measured: list[str]) -> None:
         for name in given:
             if name not in scores():
-                raise unknown("--evaluator condition", name, scores())
-        named = {cond for flag, conds in (("nmse", EDGES), ("iou", SEGMENTATION)) if flag in applies for cond in conds}
-        strict = named if set(options.metrics) & {"nmse", "iou"} else set()
-        wanted = scores().keys() if "control" in applies else named
-        self.judges: dict[str, Annotator] = {}
-        missing: list[SctoolError] = []
-        measured = sorted(wanted & {cond for row in self.rows for cond in row.get("hints") or {}})
+                raise unknown(f"{EVALUATOR} condition", name, scores())
         for name in given:
             if name not in measured:
                 raise UsageError(
-                    f"--evaluator {name} does nothing here: of {target.path}, {', '.join(measured) or 'no condition'} "
-                    "is measured. Leave it out, or add --control."
+                    f"{EVALUATOR} {name} does nothing here: the conditions measured on {self.target.path} are "
+                    f"{', '.join(measured) or 'none'}. Leave it out, or add --control."
                 )
-        for cond in measured:
-            try:
-                self.judges[cond] = self._judge(scores()[cond](self.made.get(cond), given.get(cond)))
-            except SctoolError as error:
-                if cond in strict or cond in given or isinstance(error, UsageError):
-                    raise
-                missing.append(error)
-                note(f"{cond} adherence left out: {error}")
-        if missing and not self.judges and "control" in options.metrics:
-            raise missing[0]
 
-    def _judge(self, score: ControlScore) -> Annotator:
-        """What extracts the score's condition. Raises `SctoolError` where its weights or what it reads are missing."""
+    def _ready_evaluator(self, score: ControlScore) -> Annotator:
+        """What extracts the score's condition. Raises `SctoolError` if weights or compared files are missing."""
         score.ready()
-        if not any(_file(score, row) for row in self.rows):
-            what = "class maps" if score.reads == "map" else "reference pictures"
+        if not any(_compared_file(score, row) for row in self.target.rows):
+            what = "class maps" if score.compares_with == "map" else "reference images"
             raise SctoolError(
-                f"{self.target.path} keeps no {what} beside its {score.cond} hints. Draw a run's samples again: "
+                f"{self.target.path} has no {what} beside its {score.cond} hints. Draw the run's samples again: "
                 "delete its samples folder, then run `sctool evaluate` on it."
             )
         return score.annotator
 
     def meters(self) -> dict[str, ControlScore]:
-        """Fresh meters for one folder of pictures, by condition."""
-        return {cond: scores()[cond](self.made.get(cond), judge) for cond, judge in self.judges.items()}
+        """Fresh scores for one folder, by condition."""
+        return {cond: scores()[cond](self.map_settings.get(cond), judge) for cond, judge in self.evaluators.items()}
 
-    def update(
+    def update(self, meters: Mapping[str, ControlScore], batch: Batch, results: FolderResults) -> None:
+        """Adds a batch to every score, in one call each.
+
+        A hint that cannot be read, or differs in size from its image, is listed in the results' faults.
+        """
+        for score in meters.values():
+            pairs: list[tuple[np.ndarray, np.ndarray, str, int]] = []
+            for position, (row, image) in enumerate(zip(batch.rows, batch.images, strict=True), batch.first):
+                if score.cond not in (row.get("hints") or {}):
+                    continue
+                name = _compared_file(score, row) or f"{score.compares_with} of {row['file_name']}"
+                try:
+                    target = _read(score, batch.folder.path, name)
+                    score.check_size(image, target)
+                    pairs.append((image, target, str(row.get("key", "")), position))
+                except (BadImage, SctoolError) as error:
+                    results.faults.append({"file": name, "reason": str(error)})
+            if pairs:
+                score.update(*(list(part) for part in zip(*pairs, strict=True)))
+
+    def figures(
         self,
         meters: Mapping[str, ControlScore],
         folder: SampleFolder,
-        rows: Sequence[dict[str, Any]],
-        pictures: Sequence[np.ndarray],
-        first: int,
-        column: Column,
-    ) -> None:
-        """Adds the pictures of `rows`, which stand from `first` on in the set, to every meter in one call each.
-
-        A hint that cannot be read or has another size than its picture is listed in the column's faults.
-        """
-        for meter in meters.values():
-            kept: list[tuple[np.ndarray, np.ndarray, str, int]] = []
-            for position, (row, picture) in enumerate(zip(rows, pictures, strict=True), first):
-                if meter.cond not in (row.get("hints") or {}):
-                    continue
-                name = _file(meter, row) or f"{meter.reads} of {row['file_name']}"
-                try:
-                    wanted = _read(meter, folder.path, name)
-                    meter.fits(picture, wanted)
-                    kept.append((picture, wanted, str(row.get("key", "")), position))
-                except (BadImage, SctoolError) as error:
-                    column.faults.append({"file": name, "reason": str(error)})
-            if kept:
-                meter.update(*(list(part) for part in zip(*kept, strict=True)))
-
-    def figures(
-        self, meters: Mapping[str, ControlScore], folder: SampleFolder, rows: list[dict[str, Any]], column: Column
+        rows: list[dict[str, Any]],
+        results: FolderResults,
     ) -> Iterator[Figure]:
-        """The figures of a folder; the column's pictures get their own values and its `extract` is filled."""
-        for cond, meter in meters.items():
-            for told in meter.notes():
-                self.note(told)
-            compared = [name for row in rows if (name := _file(meter, row))]
-            fault = next((fault for fault in column.faults if fault["file"] in compared), None)
-            if fault and not meter.n + meter.skipped:
-                self.note(f"{cond}: nothing could be compared; the first: {fault['file']} {fault['reason']}.")
+        """The figures of a folder; also fills in the results' per-image values and `extract`."""
+        for cond, score in meters.items():
+            for text in score.notes():
+                self.note(text)
+            compared = [name for row in rows if (name := _compared_file(score, row))]
+            fault = next((fault for fault in results.faults if fault["file"] in compared), None)
+            if fault and not score.n + score.skipped:
+                self.note(f"{cond}: nothing could be compared. First reason: {fault['file']} {fault['reason']}.")
                 continue
             try:
-                values = meter.compute()
+                values = score.compute()
             except SctoolError as error:
                 self.note(str(error))
                 continue
-            column.extract[cond] = meter.drawn
+            results.extract[cond] = score.extracted_image
             protocol = {
                 "metric": f"{cond} adherence",
-                **meter.protocol,
-                f"{meter.reads}s_sha256": digest([file_hash(folder.path, name) for name in compared]),
+                **score.protocol,
+                f"{score.compares_with}s_sha256": digest([file_hash(folder.path, name) for name in compared]),
                 **folder.protocol(rows),
-                "n": meter.n,
+                "n": score.n,
             }
-            intervals, each = meter.intervals(), meter.each()
-            for key in (key for key in meter.better if key in values):
-                name = f"{cond} {NAMES.get(key, key.replace('f1', 'F1'))}"
-                yield Figure(f"{cond}.{key}", name, values[key], meter.better[key], protocol, intervals.get(key))
-                column.spread(f"{cond}.{key}", each.get(key, {}))
+            intervals, per_image = score.intervals(), score.per_image()
+            for key, (name, better) in score.figure_info.items():
+                if key in values:
+                    full_key = f"{cond}.{key}"
+                    yield Figure(full_key, f"{cond} {name}", values[key], better, protocol, intervals.get(key))
+                    results.set_values(full_key, per_image.get(key, {}))
 
 
-def _made(target: Target) -> Mapping[str, Any]:
-    """How the run's maps were made, from its tuner file."""
+def _map_settings(target: Target) -> Mapping[str, Any]:
+    """How the maps of the run's training set were extracted, by condition, from its tuner file."""
     if target.run is None or not target.run.tuner.is_file():
         return {}
     from ...core.checkpoint import read_meta
@@ -164,19 +146,19 @@ def _made(target: Target) -> Mapping[str, Any]:
     return read_meta(target.run.tuner).get("maps", {})
 
 
-def _file(score: ControlScore, row: Mapping[str, Any]) -> str | None:
-    """The file that the score compares a picture with; None where the picture has none."""
+def _compared_file(score: ControlScore, row: Mapping[str, Any]) -> str | None:
+    """The file that the score compares an image with; None where the row has none."""
     if score.cond not in (row.get("hints") or {}):
         return None
-    if score.reads == "reference":
+    if score.compares_with == "reference":
         return row.get("reference")
-    return (row.get(f"{score.reads}s") or {}).get(score.cond)
+    return (row.get(f"{score.compares_with}s") or {}).get(score.cond)
 
 
 def _read(score: ControlScore, folder: Path, name: str) -> np.ndarray:
-    """uint8 (H, W, 3), or the ids (H, W) of a map. Raises `BadImage`."""
-    if score.reads != "map":
-        return read_picture(folder, name)
+    """uint8 (H, W, 3), or the class ids (H, W) of a map. Raises `BadImage`."""
+    if score.compares_with != "map":
+        return read_image(folder, name)
     try:
         return decode_map(inside(folder, name).read_bytes(), name)
     except OSError as error:

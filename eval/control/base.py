@@ -1,8 +1,8 @@
-"""What every control metric is: how far a picture keeps to the hint that it was drawn from.
+"""What all control scores share: how closely an image follows the hint that it was drawn from.
 
-A metric extracts the condition again from the drawn picture and compares it with what the picture was drawn from.
-Weight-free maps are extracted by the annotator and settings that made the hint; where a network makes them, by default
-by another network, so that no picture is rewarded for the annotator's own mistakes.
+A score extracts the condition again from the drawn image and compares it with what the image was drawn from. Maps that
+need no network are extracted by the annotator and settings that made the hint; maps of networks by default by another
+network, so that no image is rewarded for the annotator's own mistakes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -19,122 +19,125 @@ from ...annotators import ANNOTATORS
 from ...annotators.base import Annotator
 from ...core.data.conditions import condition
 from ...core.errors import SctoolError
-from ..intervals import BOOTSTRAP, PictureFigures
+from ..intervals import BOOTSTRAP, ImageFigures
+from ..metrics import FigureInfo
 
 
-class ControlScore(PictureFigures):
-    """One condition's adherence over a set of pictures; streaming and mergeable.
+class ControlScore(ImageFigures):
+    """Adherence to one condition over a set of images; streaming and mergeable.
 
-    Pictures whose hint is empty are skipped and counted in `skipped`.
+    Images with an empty hint are skipped and counted in `skipped`.
     """
 
     cond: ClassVar[str]
-    better: Mapping[str, str]
-    """Which way each figure is better: "lower", "higher", or "" for neither."""
-    reads: ClassVar[str] = "hint"
-    """What a picture is compared with: its "hint" as drawn, the raw "map" behind it, or the "reference" picture."""
-    judged: ClassVar[bool] = False
-    """By default extracted by the table's evaluator network, not by the one that made the hint."""
+    metric: ClassVar[str] = ""
+    """The metric with `hints="selected"` that selects this condition, e.g. "nmse"; --control selects all."""
+    figure_info: Mapping[str, FigureInfo]
+    """Name and direction of every figure, in the order of reports."""
+    compares_with: ClassVar[Literal["hint", "map", "reference"]] = "hint"
+    """What an image is compared with: its hint image, the raw map behind the hint, or the reference image."""
+    independent: ClassVar[bool] = False
+    """By default extracted by the condition's evaluator network, not by the network that made the hint."""
 
-    def __init__(self, made: Mapping[str, Any] | None = None, evaluator: Annotator | None = None) -> None:
-        """`made` says how the hint was made, as tuner files keep it; the annotator's defaults when it does not.
+    def __init__(self, map_settings: Mapping[str, Any] | None = None, evaluator: Annotator | None = None) -> None:
+        """`map_settings`: how the hint's map was made, as saved in tuner files; None for the annotator's defaults.
 
-        `evaluator` extracts in the place of what follows from `made`.
+        `evaluator` extracts the condition in place of what follows from `map_settings`.
         """
         super().__init__()
-        self._made, self._annotator = made or {}, evaluator
+        self._map_settings, self._annotator = map_settings or {}, evaluator
         self.skipped = 0
 
     @property
     def annotator(self) -> Annotator:
-        """What extracts the condition again."""
+        """What extracts the condition from drawn images."""
         if self._annotator is None:
             cls = ANNOTATORS[self.cond]
-            known = {key: value for key, value in self._made.items() if key in cls.Settings.model_fields}
-            if self.judged:
+            settings = {key: value for key, value in self._map_settings.items() if key in cls.Settings.model_fields}
+            if self.independent:
                 from ...annotators.networks.weights import default
 
-                known = {"model": default(self.cond, "evaluator").name}
-            self._annotator = cls(cls.Settings.model_validate(known))
+                settings = {"model": default(self.cond, "evaluator").name}
+            self._annotator = cls(cls.Settings.model_validate(settings))
         return self._annotator
 
     def ready(self) -> None:
-        """Raises `SctoolError`, naming the remedy, when what extracts needs weights that are not at hand."""
-        with as_evaluator():
+        """Raises `SctoolError` with the remedy when weights that the annotator needs are not on this machine."""
+        with evaluator_errors():
             self.annotator.ready()
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """Everything that decides the figures besides pictures and hints."""
+        """Everything that determines the figures besides images and hints."""
         return {"annotator": self.annotator.id, "opencv": cv2.__version__, "interval": BOOTSTRAP}
 
-    def fits(self, picture: np.ndarray, wanted: np.ndarray) -> None:
-        """Raises `SctoolError` when the sizes of a picture and of what it is compared with differ."""
-        if picture.shape[:2] != wanted.shape[:2]:
+    def check_size(self, image: np.ndarray, target: np.ndarray) -> None:
+        """Raises `SctoolError` when an image and what it is compared with differ in size."""
+        if image.shape[:2] != target.shape[:2]:
             raise SctoolError(
-                f"its {self.cond} {self.reads} is {wanted.shape[1]}x{wanted.shape[0]} px, "
-                f"the picture {picture.shape[1]}x{picture.shape[0]} px"
+                f"its {self.cond} {self.compares_with} is {target.shape[1]}x{target.shape[0]} px, "
+                f"the image {image.shape[1]}x{image.shape[0]} px"
             )
 
     def update(
         self,
-        pictures: Sequence[np.ndarray],
-        wanted: Sequence[np.ndarray],
+        images: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray],
         keys: Sequence[str] | None = None,
         positions: Sequence[int] | None = None,
     ) -> None:
-        """Adds drawn pictures, uint8 (H, W, 3), and what `reads` names of each, uint8 (H, W, 3), or (H, W) for a map.
+        """Adds drawn images, uint8 (H, W, 3), and what each is compared with, uint8 (H, W, 3), or (H, W) for a map.
 
-        keys: by which random annotators draw; positions: in the set. Raises `SctoolError` when sizes differ.
+        keys: seeds of random annotators; positions: in the set. Raises `SctoolError` when sizes differ.
         """
-        for picture, there in zip(pictures, wanted, strict=True):
-            self.fits(picture, there)
-        keys = keys or [""] * len(pictures)
-        with as_evaluator():
-            found = self.extract([np.ascontiguousarray(picture) for picture in pictures], keys)
-            targets = self.targets(wanted, keys)
-        for index, (map, there) in enumerate(zip(found, targets, strict=True)):
-            self.update_maps(map, there, None if positions is None else positions[index])
+        for image, target in zip(images, targets, strict=True):
+            self.check_size(image, target)
+        keys = keys or [""] * len(images)
+        with evaluator_errors():
+            extracted = self.extract([np.ascontiguousarray(image) for image in images], keys)
+            prepared = self.prepare_targets(targets, keys)
+        for index, (map, target) in enumerate(zip(extracted, prepared, strict=True)):
+            self.update_maps(map, target, None if positions is None else positions[index])
 
-    def extract(self, pictures: list[np.ndarray], keys: Sequence[str]) -> list[Any]:
-        """What is compared, of each picture: its map (H, W), one call a batch."""
-        return [map for map, _ in self.annotator(pictures, list(keys))]
+    def extract(self, images: list[np.ndarray], keys: Sequence[str]) -> list[Any]:
+        """What is compared, for each image of a batch: by default its map (H, W)."""
+        return [map for map, _ in self.annotator(images, list(keys))]
 
-    def targets(self, wanted: Sequence[np.ndarray], keys: Sequence[str]) -> Sequence[Any]:
-        """What the extracted is compared with, of each picture."""
-        return wanted
+    def prepare_targets(self, targets: Sequence[np.ndarray], keys: Sequence[str]) -> Sequence[Any]:
+        """What the extracted maps are compared with: by default the targets as they are."""
+        return targets
 
     @abstractmethod
-    def update_maps(self, found: Any, wanted: Any, position: int | None = None) -> None:
-        """Adds what was extracted from one picture and what it should be."""
+    def update_maps(self, extracted: Any, target: Any, position: int | None = None) -> None:
+        """Adds what was extracted from one image, and what it should be."""
 
-    def drawn(self, picture: np.ndarray, key: str) -> np.ndarray:
-        """The condition extracted from a picture (H, W, 3), as a picture of its own (H, W, 3)."""
-        map = self.annotator([np.ascontiguousarray(picture)], [key])[0][0]
-        if map.shape[:2] != picture.shape[:2]:
-            map = cv2.resize(map, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-        return condition(self.cond).render(map, picture)
+    def extracted_image(self, image: np.ndarray, key: str) -> np.ndarray:
+        """The condition extracted from an image (H, W, 3), rendered as an image (H, W, 3)."""
+        map = self.annotator([np.ascontiguousarray(image)], [key])[0][0]
+        if map.shape[:2] != image.shape[:2]:
+            map = cv2.resize(map, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        return condition(self.cond).render(map, image)
 
-    def merge(self, other: PictureFigures) -> None:
-        """Adds what another process has counted."""
+    def merge(self, other: ImageFigures) -> None:
+        """Adds what another process counted."""
         assert isinstance(other, ControlScore)
         super().merge(other)
         self.skipped += other.skipped
 
     def compute(self) -> dict[str, float]:
-        """The figures by name. Raises `SctoolError` when every hint was empty."""
+        """The figures by key. Raises `SctoolError` if every hint was empty."""
         if not self.n:
-            raise SctoolError(f"no picture has a {self.cond} hint that is not empty ({self.skipped} empty ones).")
+            raise SctoolError(f"no image has a {self.cond} hint that is not empty ({self.skipped} are empty).")
         return super().compute()
 
     def notes(self) -> list[str]:
         """What the reader of the figures should know."""
-        return [f"{self.cond}: {self.skipped} pictures with an empty hint were skipped."] if self.skipped else []
+        return [f"{self.cond}: {self.skipped} images with an empty hint were skipped."] if self.skipped else []
 
 
 @contextmanager
-def as_evaluator() -> Iterator[None]:
-    """Errors of annotators name the flag that the user of `evaluate` has."""
+def evaluator_errors() -> Iterator[None]:
+    """Errors of annotators name the flag of `evaluate`: messages about weights know only `--cond`."""
     try:
         yield
     except SctoolError as error:

@@ -1,4 +1,4 @@
-"""Colour adherence: the palette of the drawn picture against the hint's."""
+"""Colour adherence: the palette of the drawn image against the hint's."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ import cv2
 import numpy as np
 
 from ...annotators.color import FILTERS
+from ..metrics import FigureInfo
 from .base import ControlScore
 
 
 class ColorScore(ControlScore):
-    """Mean absolute difference, 0..255, of the picture's palette and the hint's, over cells and channels."""
+    """Mean absolute difference, 0..255, of the image's palette and the hint's, over cells and channels."""
 
     cond = "color"
-    better: ClassVar[dict[str, str]] = {"distance": "lower"}
+    figure_info: ClassVar[dict[str, FigureInfo]] = {"distance": FigureInfo("palette difference (0-255)", "lower")}
 
-    def extract(self, pictures: list[np.ndarray], keys: Sequence[str]) -> list[np.ndarray]:
-        """The pictures themselves: how many cells a palette has is known from the hint alone."""
-        return pictures
+    def extract(self, images: list[np.ndarray], keys: Sequence[str]) -> list[np.ndarray]:
+        """The images themselves: only the hint shows how many cells the palette has."""
+        return images
 
-    def update_maps(self, found: np.ndarray, wanted: np.ndarray, position: int | None = None) -> None:
-        """Compares palettes with as many cells as the hint shows: a hint resized with its picture still fits."""
-        rows, columns = cells(wanted)
+    def update_maps(self, extracted: np.ndarray, target: np.ndarray, position: int | None = None) -> None:
+        """Compares palettes with as many cells as the hint shows, so a hint resized with its image still fits."""
+        rows, columns = cells(target)
         filter = FILTERS[getattr(self.annotator.settings, "filter", "cubic")]
-        palette = cv2.resize(found, (columns, rows), interpolation=filter)
-        there = cv2.resize(wanted, (columns, rows), interpolation=cv2.INTER_NEAREST)
-        self.add((1, float(np.abs(palette.astype(np.float64) - there).mean())), position)
+        palette = cv2.resize(extracted, (columns, rows), interpolation=filter)
+        expected = cv2.resize(target, (columns, rows), interpolation=cv2.INTER_NEAREST)
+        self.add((1, float(np.abs(palette.astype(np.float64) - expected).mean())), position)
 
     def figures(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """ "distance": mean over pictures."""
+        """ "distance": mean over images."""
         return {"distance": sums[..., 1] / sums[..., 0]}
 
 
 def cells(hint: np.ndarray) -> tuple[int, int]:
-    """How many rows and columns of equal, about square cells an enlarged palette (H, W, 3) consists of.
+    """Rows and columns of the equal, roughly square cells of an enlarged palette (H, W, 3).
 
-    The fewest that explain every change of colour; neighbours may have one colour, so the finer axis decides.
+    The fewest that explain every change of colour; neighbours may have the same colour, so the finer axis decides.
     """
     sides = hint.shape[:2]
     finest = min(side / _fewest(hint, axis) for axis, side in enumerate(sides))
@@ -46,12 +47,12 @@ def cells(hint: np.ndarray) -> tuple[int, int]:
 
 
 def _fewest(hint: np.ndarray, axis: int) -> int:
-    """The fewest equal cells along `axis` with a border at each change."""
+    """The fewest equal cells along `axis` with a border at every change."""
     lines = np.moveaxis(hint, axis, 0).reshape(hint.shape[axis], -1)
     changes = np.flatnonzero((lines[1:] != lines[:-1]).any(1))
-    place = np.arange(len(lines))
+    positions = np.arange(len(lines))
     for count in range(1 + bool(len(changes)), len(lines)):
-        cell = place * count // len(lines)  # as nearest-neighbour enlargement does
+        cell = positions * count // len(lines)  # as nearest-neighbour enlargement does
         if (cell[changes] != cell[changes + 1]).all():
             return count
     return len(lines)

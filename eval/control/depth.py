@@ -1,8 +1,8 @@
-"""Depth adherence: RMSE of the depth estimated from the drawn picture against the hint, on 0..255.
+"""Depth adherence: RMSE of the depth estimated from the drawn image against the hint, on a scale of 0..255.
 
-Relative depth has no unit, so both maps are first stretched to 0..255 by their own extremes; one far pixel moves all
-of such a map, so the RMSE after the best scale and shift (least squares, as Ranftl et al. 2020, arXiv 1907.01341,
-section 5, align predictions) stands beside it.
+Relative depth has no unit, so both maps are first stretched to 0..255 by their own extremes. One far pixel changes the
+whole of such a map, so there is also the RMSE after the best scale and shift (least squares, as Ranftl et al. 2020,
+arXiv 1907.01341, section 5, align predictions).
 """
 
 from __future__ import annotations
@@ -11,20 +11,24 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..metrics import FigureInfo
 from .base import ControlScore, grey
 
 
 class DepthScore(ControlScore):
-    """Means over pictures of each picture's RMSE."""
+    """Means over images of each image's RMSE."""
 
     cond = "depth"
-    judged = True
-    better: ClassVar[dict[str, str]] = {"rmse": "lower", "rmse_aligned": "lower"}
+    independent = True
+    figure_info: ClassVar[dict[str, FigureInfo]] = {
+        "rmse": FigureInfo("RMSE (0-255)", "lower"),
+        "rmse_aligned": FigureInfo("RMSE, scale and shift aligned (0-255)", "lower"),
+    }
 
-    def update_maps(self, found: np.ndarray, wanted: np.ndarray, position: int | None = None) -> None:
-        """Adds a map (H, W) of the picture and the hint, uint8. A hint without any depth is skipped as empty."""
-        self.fits(found, wanted)
-        p, g = stretched(grey(found)), stretched(grey(wanted))
+    def update_maps(self, extracted: np.ndarray, target: np.ndarray, position: int | None = None) -> None:
+        """Adds an image's map (H, W) and its hint, uint8. A hint with a single depth is skipped as empty."""
+        self.check_size(extracted, target)
+        p, g = stretched(grey(extracted)), stretched(grey(target))
         if not g.any():
             self.skipped += 1
             return
@@ -36,15 +40,15 @@ class DepthScore(ControlScore):
 
 
 def stretched(map: np.ndarray) -> np.ndarray:
-    """float64 (H, W) from 0 to 255; all 0 where the map is one value."""
+    """float64 (H, W) from 0 to 255; all 0 for a constant map."""
     map = map.astype(np.float64) - map.min()
     return map * (255 / map.max()) if map.max() else map
 
 
 def aligned(p: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """a p + b with the a and b that come nearest to g in squares."""
-    spread = p.var()
-    scale = ((p - p.mean()) * (g - g.mean())).mean() / spread if spread else 0.0
+    """a p + b with the a and b that fit g best in least squares."""
+    variance = p.var()
+    scale = ((p - p.mean()) * (g - g.mean())).mean() / variance if variance else 0.0
     return scale * (p - p.mean()) + g.mean()
 
 

@@ -1,8 +1,8 @@
-"""Pose adherence: the persons of the drawn picture against those of the reference picture, by COCO's rules.
+"""Pose adherence: the persons in the drawn image against those in the reference image, by COCO's rules.
 
-Nobody has marked keypoints by hand here: the same networks look at both pictures, and what they find in the reference
-counts as true. OKS and average precision as in COCO's keypoint evaluation (Lin et al. 2014, arXiv 1405.0312, and
-cocodataset.org), with the box's area for the person's; PCK of Yang & Ramanan 2013 (IEEE TPAMI 35(12)).
+There are no hand-labelled keypoints: the same networks look at both images, and what they detect in the reference is
+taken as the truth. OKS and average precision as in COCO's keypoint evaluation (Lin et al. 2014, arXiv 1405.0312, and
+cocodataset.org), with the area of the box as the person's; PCK of Yang & Ramanan 2013 (IEEE TPAMI 35(12)).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 
 from ...annotators.base import Annotator
 from ...core.errors import SctoolError
-from ..intervals import PictureFigures
+from ..intervals import ImageFigures
+from ..metrics import FigureInfo
 from .base import ControlScore
 
 Person = Mapping[str, Any]
@@ -25,81 +26,85 @@ SIGMAS = np.array(
 """COCO's spread of each keypoint, as a share of the person's size."""
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-MOST = 20  # detections a picture, as COCO counts them
-REACH = 0.2  # of the box's longer side, within which a keypoint is right
-VISIBLE = 0.3  # least score of a keypoint of the reference
+MOST = 20  # detections per image, as COCO counts them
+REACH = 0.2  # share of the box's longer side within which a keypoint is correct
+VISIBLE = 0.3  # keypoints of the reference with a higher score count
 
 
 class PoseScore(ControlScore):
-    """Average precision over OKS .50 to .95, share of keypoints within a fifth of the box, share of persons found."""
+    """Average precision over OKS .50 to .95, share of correct keypoints, share of detected persons."""
 
     cond = "pose"
-    reads = "reference"
-    judged = True
-    better: ClassVar[dict[str, str]] = {"oks_ap": "higher", "pck@0.2": "higher", "recall": "higher"}
+    compares_with = "reference"
+    independent = True
+    figure_info: ClassVar[dict[str, FigureInfo]] = {
+        "oks_ap": FigureInfo("OKS-AP", "higher"),
+        "pck@0.2": FigureInfo("PCK@0.2", "higher"),
+        "recall": FigureInfo("persons detected", "higher"),
+    }
 
-    def __init__(self, made: Mapping[str, Any] | None = None, evaluator: Annotator | None = None) -> None:
-        super().__init__(made, evaluator)
+    def __init__(self, map_settings: Mapping[str, Any] | None = None, evaluator: Annotator | None = None) -> None:
+        super().__init__(map_settings, evaluator)
         self._detections: list[np.ndarray] = []
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """Annotator and what counts as true."""
+        """Adds what is taken as the truth."""
         truth = f"persons of the reference picture, keypoints above {VISIBLE}, area of the box"
         return {**super().protocol, "truth": truth}
 
-    def extract(self, pictures: list[np.ndarray], keys: Sequence[str]) -> list[Sequence[Person]]:
-        """The persons of each picture."""
-        return [params["persons"] for _, params in self.annotator(pictures, list(keys))]
+    def extract(self, images: list[np.ndarray], keys: Sequence[str]) -> list[Sequence[Person]]:
+        """The persons in each image."""
+        return [params["persons"] for _, params in self.annotator(images, list(keys))]
 
-    def targets(self, wanted: Sequence[np.ndarray], keys: Sequence[str]) -> list[Sequence[Person]]:
-        """The persons of each reference picture."""
-        return self.extract([np.ascontiguousarray(picture) for picture in wanted], keys)
+    def prepare_targets(self, targets: Sequence[np.ndarray], keys: Sequence[str]) -> list[Sequence[Person]]:
+        """The persons in each reference image."""
+        return self.extract([np.ascontiguousarray(image) for image in targets], keys)
 
-    def update_maps(self, found: Sequence[Person], wanted: Sequence[Person], position: int | None = None) -> None:
-        """Adds the persons of a picture and of its reference: `keypoints` (17 of x, y, score), `bbox` and `score`."""
-        found = sorted(found, key=lambda person: -person["score"])[:MOST]
-        wanted = [person for person in wanted if (_points(person)[:, 2] > VISIBLE).any()]
-        likeness = np.array([[oks(p, g) for g in wanted] for p in found]).reshape(len(found), len(wanted))
-        hits = np.stack([_matched(likeness, t) for t in THRESHOLDS], 1).reshape(len(found), len(THRESHOLDS))
-        scores = np.array([person["score"] for person in found])
+    def update_maps(self, extracted: Sequence[Person], target: Sequence[Person], position: int | None = None) -> None:
+        """Adds the persons in an image and in its reference: `keypoints` (17 of x, y, score), `bbox` and `score`."""
+        detected = sorted(extracted, key=lambda person: -person["score"])[:MOST]
+        expected = [person for person in target if (_points(person)[:, 2] > VISIBLE).any()]
+        similarity = np.array([[oks(p, g) for g in expected] for p in detected]).reshape(len(detected), len(expected))
+        hits = np.stack([_matched(similarity, t) for t in THRESHOLDS], 1).reshape(len(detected), len(THRESHOLDS))
+        scores = np.array([person["score"] for person in detected])
         self._detections.append(np.column_stack([scores, hits]))
-        right = seen = 0
-        pairs = dict(_pairs(likeness))
-        for index, person in enumerate(wanted):
+        correct = total = 0
+        pairs = dict(_pairs(similarity))
+        for index, person in enumerate(expected):
             visible = _points(person)[:, 2] > VISIBLE
-            seen += int(visible.sum())
+            total += int(visible.sum())
             if index in pairs:
                 x0, y0, x1, y1 = person["bbox"]
-                apart = np.linalg.norm(_points(found[pairs[index]])[:, :2] - _points(person)[:, :2], axis=1)
-                right += int((apart[visible] <= REACH * max(x1 - x0, y1 - y0)).sum())
-        there = sum(likeness[p, g] >= THRESHOLDS[0] for g, p in pairs.items())
-        self.add((right, seen, there, len(wanted)), position)
+                apart = np.linalg.norm(_points(detected[pairs[index]])[:, :2] - _points(person)[:, :2], axis=1)
+                correct += int((apart[visible] <= REACH * max(x1 - x0, y1 - y0)).sum())
+        recalled = sum(similarity[p, g] >= THRESHOLDS[0] for g, p in pairs.items())
+        self.add((correct, total, recalled, len(expected)), position)
 
     def figures(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """ "pck@0.2", "recall"; both 0..1, of the reference's keypoints and persons."""
+        """ "pck@0.2", "recall": shares, 0..1, of the reference's keypoints and persons."""
         return {"pck@0.2": sums[..., 0] / sums[..., 1], "recall": sums[..., 2] / sums[..., 3]}
 
     def resampled(self, counts: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Adds "oks_ap", which needs all pictures' persons in the order of their scores."""
-        whose = np.repeat(np.arange(len(self._detections)), [len(each) for each in self._detections])
+        """Adds "oks_ap", which needs the persons of all images in the order of their scores."""
+        image_of = np.repeat(np.arange(len(self._detections)), [len(table) for table in self._detections])
         table = np.concatenate(self._detections)
         order = np.argsort(-table[:, 0], kind="mergesort")
-        weights, hits = counts[:, whose[order]], table[order, 1:]
+        weights, hits = counts[:, image_of[order]], table[order, 1:]
         persons = counts @ rows[:, 3]
-        ap = [average_precision(weight, hits, there) for weight, there in zip(weights, persons, strict=True)]
+        ap = [average_precision(weight, hits, total) for weight, total in zip(weights, persons, strict=True)]
         return {"oks_ap": np.array(ap), **self.figures(counts @ rows)}
 
-    def merge(self, other: PictureFigures) -> None:
-        """Adds what another process has counted."""
+    def merge(self, other: ImageFigures) -> None:
+        """Adds what another process counted."""
         assert isinstance(other, PoseScore)
         super().merge(other)
         self._detections += other._detections
 
     def compute(self) -> dict[str, float]:
-        """The figures. Raises `SctoolError` where no reference shows a person."""
+        """The figures by key. Raises `SctoolError` if no reference image contains a person."""
         if not sum(row[3] for row in self._rows):
-            raise SctoolError(f"pose: nobody is in the {self.n} reference pictures, so there is nothing to compare.")
+            raise SctoolError(f"pose: the {self.n} reference images contain no person, so there is nothing to compare.")
         return super().compute()
 
 
@@ -107,47 +112,47 @@ def _points(person: Person) -> np.ndarray:
     return np.asarray(person["keypoints"], dtype=np.float64)
 
 
-def oks(found: Person, wanted: Person) -> float:
-    """Object keypoint similarity, 0..1, over the keypoints that are visible in `wanted`."""
-    p, g = _points(found), _points(wanted)
-    x0, y0, x1, y1 = wanted["bbox"]
+def oks(detected: Person, expected: Person) -> float:
+    """Object keypoint similarity, 0..1, over the keypoints that are visible in `expected`."""
+    p, g = _points(detected), _points(expected)
+    x0, y0, x1, y1 = expected["bbox"]
     area = (x1 - x0) * (y1 - y0) + np.spacing(1)
     error = ((p[:, :2] - g[:, :2]) ** 2).sum(1) / (2 * SIGMAS) ** 2 / area / 2
     return float(np.exp(-error[g[:, 2] > VISIBLE]).mean())
 
 
-def _matched(likeness: np.ndarray, threshold: float) -> np.ndarray:
-    """Which of the found persons (P,), surest first, takes one of the wanted (P, G) at `threshold`, as COCO matches."""
-    left, hits = np.ones(likeness.shape[1], bool), np.zeros(len(likeness), bool)
-    for index, row in enumerate(likeness):
-        best = max(np.flatnonzero(left & (row >= threshold)), key=lambda g: row[g], default=None)
+def _matched(similarity: np.ndarray, threshold: float) -> np.ndarray:
+    """Which detections (P,), most certain first, match an expected person (P, G) at `threshold`, as COCO matches."""
+    free, hits = np.ones(similarity.shape[1], bool), np.zeros(len(similarity), bool)
+    for index, row in enumerate(similarity):
+        best = max(np.flatnonzero(free & (row >= threshold)), key=lambda g: row[g], default=None)
         if best is not None:
-            hits[index], left[best] = True, False
+            hits[index], free[best] = True, False
     return hits
 
 
-def _pairs(likeness: np.ndarray) -> list[tuple[int, int]]:
-    """(wanted, found), the likest first, each person once."""
-    left, pairs = likeness.copy(), []
-    while left.size and left.max() > 0:
-        p, g = np.unravel_index(left.argmax(), left.shape)
+def _pairs(similarity: np.ndarray) -> list[tuple[int, int]]:
+    """(expected, detected), the most similar first, each person once."""
+    free, pairs = similarity.copy(), []
+    while free.size and free.max() > 0:
+        p, g = np.unravel_index(free.argmax(), free.shape)
         pairs.append((int(g), int(p)))
-        left[p], left[:, g] = 0, 0
+        free[p], free[:, g] = 0, 0
     return pairs
 
 
 def average_precision(weights: np.ndarray, hits: np.ndarray, persons: float) -> float:
-    """Mean over thresholds and 101 recalls of the interpolated precision; NaN for no person.
+    """Mean over thresholds and 101 recalls of the interpolated precision; NaN without any person.
 
-    weights: how often each detection (D,), surest first, is there; hits (D, T): whether it is right at a threshold.
+    weights: how often each detection (D,), most certain first, counts; hits (D, T): is it correct at a threshold.
     """
     if not persons:
         return float("nan")
-    right, all_ = np.cumsum(weights[:, None] * hits, 0), np.cumsum(weights)[:, None]
-    precision = np.divide(right, all_, out=np.zeros_like(right), where=all_ > 0)
+    correct, all_ = np.cumsum(weights[:, None] * hits, 0), np.cumsum(weights)[:, None]
+    precision = np.divide(correct, all_, out=np.zeros_like(correct), where=all_ > 0)
     precision = np.maximum.accumulate(precision[::-1], 0)[::-1]
     total = 0.0
     for column in range(hits.shape[1]):
-        at = np.searchsorted(right[:, column] / persons, RECALLS, side="left")
+        at = np.searchsorted(correct[:, column] / persons, RECALLS, side="left")
         total += precision[at[at < len(precision)], column].sum()
     return float(total / (len(RECALLS) * hits.shape[1]))

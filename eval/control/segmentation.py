@@ -1,7 +1,7 @@
-"""Segmentation adherence: mIoU and its kin of the classes found in the drawn picture against the class map.
+"""Segmentation adherence: mIoU and related figures of the classes predicted for the drawn image against the class map.
 
-All figures are of the whole set: intersections and unions are summed over pictures before they are divided (Long et
-al. 2015, arXiv 1411.4038, section 5). The mean of per-picture IoUs is another, much higher figure.
+All figures are pooled: intersections and unions are summed over images before they are divided (Long et al. 2015,
+arXiv 1411.4038, section 5). The mean of per-image IoUs is a different, much higher figure.
 """
 
 from __future__ import annotations
@@ -11,63 +11,69 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..intervals import Interval
+from ..metrics import FigureInfo
 from .base import ControlScore
 
 IGNORE = 255
 
 
 class SegmentationScore(ControlScore):
-    """mIoU over the classes that are in maps or predictions, pixel accuracy, mean class accuracy, and weighted IoU."""
+    """mIoU over the classes in maps or predictions, pixel accuracy, mean class accuracy, and weighted IoU."""
 
     cond = "seg"
-    reads = "map"
-    judged = True
-    better: ClassVar[dict[str, str]] = {
-        "miou": "higher", "aacc": "higher", "macc": "higher", "fwiou": "higher", "classes": "",
-    }  # fmt: skip
+    metric = "iou"
+    compares_with = "map"
+    independent = True
+    figure_info: ClassVar[dict[str, FigureInfo]] = {
+        "miou": FigureInfo("mIoU", "higher"),
+        "aacc": FigureInfo("pixel accuracy", "higher"),
+        "macc": FigureInfo("mean class accuracy", "higher"),
+        "fwiou": FigureInfo("frequency-weighted IoU", "higher"),
+        "classes": FigureInfo("classes present", ""),
+    }
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """Annotator and which mean."""
+        """Adds which classes count, and how they are pooled."""
         return {**super().protocol, "classes": f"ids 0..{IGNORE - 1}, {IGNORE} ignored", "pooled": "over the set"}
 
-    def update_maps(self, found: np.ndarray, wanted: np.ndarray, position: int | None = None) -> None:
-        """Adds class ids (H, W) uint8 of the picture and of the map; pixels whose wanted id is 255 do not count."""
-        self.fits(found, wanted)
-        counts = wanted != IGNORE
-        if not counts.any():
+    def update_maps(self, extracted: np.ndarray, target: np.ndarray, position: int | None = None) -> None:
+        """Adds class ids (H, W) uint8 of the image and of the map; pixels with id 255 in the map are ignored."""
+        self.check_size(extracted, target)
+        labelled = target != IGNORE
+        if not labelled.any():
             self.skipped += 1
             return
-        p, g = found[counts], wanted[counts]
-        hits, drawn, there = (np.bincount(ids, minlength=256)[:IGNORE] for ids in (g[p == g], p, g))
-        # Few of the classes are in one picture: kept as id, hits, drawn, wanted of each that is.
-        present = np.flatnonzero(drawn + there)
-        self.add(np.stack([present, hits[present], drawn[present], there[present]]).ravel(), position)
+        p, g = extracted[labelled], target[labelled]
+        hits, drawn, expected = (np.bincount(ids, minlength=256)[:IGNORE] for ids in (g[p == g], p, g))
+        # An image contains few of the classes: stored as id, hits, drawn and expected pixels of each that is present.
+        present = np.flatnonzero(drawn + expected)
+        self.add(np.stack([present, hits[present], drawn[present], expected[present]]).ravel(), position)
 
     def intervals(self) -> dict[str, Interval]:
-        """As in the base class; a count of classes has none."""
-        return {name: interval for name, interval in super().intervals().items() if name != "classes"}
+        """As in the base class; the number of classes has none."""
+        return {key: interval for key, interval in super().intervals().items() if key != "classes"}
 
     def matrix(self) -> np.ndarray:
-        """(N, 3 C): hits, drawn and wanted pixels of every class up to the highest id."""
-        kept = [row.reshape(4, -1) for row in self._rows]
-        classes = 1 + int(max((ids[0].max(initial=0) for ids in kept), default=0))
-        dense = np.zeros((len(kept), 3, classes))
-        for row, (ids, *counts) in zip(dense, kept, strict=True):
+        """(N, 3 C): hits, drawn and expected pixels of every class up to the highest id."""
+        sparse = [row.reshape(4, -1) for row in self._rows]
+        classes = 1 + int(max((row[0].max(initial=0) for row in sparse), default=0))
+        dense = np.zeros((len(sparse), 3, classes))
+        for row, (ids, *counts) in zip(dense, sparse, strict=True):
             row[:, ids.astype(int)] = counts
-        return dense.reshape(len(kept), -1)
+        return dense.reshape(len(sparse), -1)
 
     def figures(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """ "miou", "aacc", "macc", "fwiou" in 0..1; "classes": how many the mIoU is the mean of."""
-        hits, drawn, there = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, -1), -2, 0)
-        union = drawn + there - hits
+        """ "miou", "aacc", "macc", "fwiou" in 0..1; "classes": the number of classes that the mIoU averages."""
+        hits, drawn, expected = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, -1), -2, 0)
+        union = drawn + expected - hits
         iou = np.where(union > 0, hits / union, 0)
-        total = there.sum(-1)
-        present, wanted = (union > 0).sum(-1), (there > 0).sum(-1)
+        total = expected.sum(-1)
+        present, labelled = (union > 0).sum(-1), (expected > 0).sum(-1)
         return {
             "miou": iou.sum(-1) / present,
             "aacc": hits.sum(-1) / total,
-            "macc": np.where(there > 0, hits / there, 0).sum(-1) / wanted,
-            "fwiou": (there * iou).sum(-1) / total,
+            "macc": np.where(expected > 0, hits / expected, 0).sum(-1) / labelled,
+            "fwiou": (expected * iou).sum(-1) / total,
             "classes": present.astype(np.float64),
         }

@@ -1,8 +1,8 @@
-"""Soft edge adherence: SSIM and MS-SSIM of the HED map extracted from the drawn picture with the hint.
+"""Soft edge adherence: SSIM and MS-SSIM between the HED map of the drawn image and the hint.
 
 SSIM: Wang et al. 2004 (IEEE TIP 13(4)), Gaussian window of 11 px, sigma 1.5. MS-SSIM: Wang, Simoncelli & Bovik 2003
-(ACSSC), five scales, computed as torchmetrics does (the last scale's borders reflected), since that is what published
-figures of control methods are made with. Maps in 0..1, data range 1.
+(ACSSC), five scales, computed as torchmetrics does (the last scale's borders reflected), since published figures
+of control methods use it. Maps in 0..1, data range 1.
 """
 
 from __future__ import annotations
@@ -16,27 +16,31 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from ...core.errors import SctoolError
+from ..metrics import FigureInfo
 from .base import ControlScore, grey
 
 WINDOW, SIGMA = 11, 1.5
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales, finest first
 SMALLEST = WINDOW * 2 ** (len(WEIGHTS) - 1)
-"""The least side in px of a picture that has five scales."""
+"""Shortest side in pixels of an image that has five scales."""
 C1, C2 = 0.01**2, 0.03**2
 
 
 class SoftEdgeScore(ControlScore):
-    """Means over pictures; MS-SSIM over those that are large enough for its five scales."""
+    """Means over images; MS-SSIM over those that are large enough for its five scales."""
 
     cond = "hed"
-    better: ClassVar[dict[str, str]] = {"ssim": "higher", "ms_ssim": "higher"}
+    figure_info: ClassVar[dict[str, FigureInfo]] = {
+        "ssim": FigureInfo("SSIM", "higher"),
+        "ms_ssim": FigureInfo("MS-SSIM", "higher"),
+    }
 
-    def update_maps(self, found: np.ndarray, wanted: np.ndarray, position: int | None = None) -> None:
-        """Adds a map (H, W) of the picture and the hint, uint8. Raises `SctoolError` below 11 px."""
-        self.fits(found, wanted)
-        p, g = (grey(map).astype(np.float64) / 255 for map in (found, wanted))
+    def update_maps(self, extracted: np.ndarray, target: np.ndarray, position: int | None = None) -> None:
+        """Adds an image's map (H, W) and its hint, uint8. Raises `SctoolError` below 11 px."""
+        self.check_size(extracted, target)
+        p, g = (grey(map).astype(np.float64) / 255 for map in (extracted, target))
         if min(p.shape) < WINDOW:
-            raise SctoolError(f"SSIM needs pictures of at least {WINDOW} px on a side; this one is {p.shape}.")
+            raise SctoolError(f"SSIM needs images of at least {WINDOW} px per side; this one is {p.shape}.")
         ssim = structural_similarity(
             p, g, data_range=1, gaussian_weights=True, sigma=SIGMA, use_sample_covariance=False
         )
@@ -48,14 +52,14 @@ class SoftEdgeScore(ControlScore):
         return {"ssim": sums[..., 1] / sums[..., 0], "ms_ssim": sums[..., 3] / sums[..., 2]}
 
     def notes(self) -> list[str]:
-        """As in the base class, and how many pictures are too small for MS-SSIM."""
+        """As in the base class, and how many images are too small for MS-SSIM."""
         small = sum(not row[2] for row in self._rows)
-        told = f"hed: MS-SSIM needs at least {SMALLEST} px on a side; {small} pictures are smaller and have none."
-        return super().notes() + ([told] if small else [])
+        note = f"hed: MS-SSIM needs at least {SMALLEST} px per side; {small} images are smaller and have none."
+        return super().notes() + ([note] if small else [])
 
 
 def ms_ssim(p: np.ndarray, g: np.ndarray) -> float:
-    """MS-SSIM of two maps (H, W) in 0..1, at least `SMALLEST` px on a side. Negative terms count as 0."""
+    """MS-SSIM of two maps (H, W) in 0..1, at least `SMALLEST` px per side. Negative terms count as 0."""
     x, y = (torch.from_numpy(map)[None, None] for map in (p, g))
     product = 1.0
     for scale, weight in enumerate(WEIGHTS):

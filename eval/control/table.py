@@ -1,4 +1,4 @@
-"""The table of control metrics: condition -> how far pictures keep to it."""
+"""The table of control scores: condition -> how closely images follow it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import numpy as np
 
 from ...annotators import ANNOTATORS
 from ...core.errors import SctoolError
+from ..metrics import Metric
 from .base import ControlScore
-
-EDGES, SEGMENTATION = ("canny", "sketch"), ("seg",)
-"""The conditions that `--nmse` and `--iou` select."""
 
 
 def scores() -> dict[str, type[ControlScore]]:
-    """Condition -> metric, for the conditions that can be annotated."""
+    """Condition -> score, for the conditions that can be annotated."""
     from .colors import ColorScore
     from .depth import DepthScore
     from .edges import EdgeScore, SketchScore
@@ -32,36 +30,41 @@ def scores() -> dict[str, type[ControlScore]]:
     return {cls.cond: cls for cls in table if cls.cond in ANNOTATORS}
 
 
-def measures(
-    conds: Sequence[str], made: Mapping[str, Any], note: Callable[[str], None] = lambda text: None
-) -> dict[str, Callable[..., dict[str, float]]]:
-    """For each condition that can be measured from its hint, a function (pictures, hints[, keys]) -> figures by name.
+def conditions_of(metric: Metric) -> set[str]:
+    """The conditions that a control metric measures."""
+    return {cond for cond, cls in scores().items() if metric.hints == "all" or cls.metric == metric.name}
 
-    pictures, hints: uint8 (H, W, 3) each; `made` as in `ControlScore`. Without any hint that is not empty: {}.
-    Conditions that need more than the hint, or weights that are not at hand, are left out and `note` is told.
+
+def measures(
+    conds: Sequence[str], map_settings: Mapping[str, Any], note: Callable[[str], None] = lambda text: None
+) -> dict[str, Callable[..., dict[str, float]]]:
+    """For each condition that can be measured from its hint, a function (images, hints[, keys]) -> figures by key.
+
+    images, hints: uint8 (H, W, 3) each; `map_settings` by condition, as in `ControlScore`. The function returns {} if
+    every hint is empty. Conditions that need more than the hint, or missing weights, are left out with a `note`.
     """
 
     def measure(cls: type[ControlScore]) -> Callable[..., dict[str, float]]:
         def figures(
-            pictures: Sequence[np.ndarray], hints: Sequence[np.ndarray], keys: Sequence[str] | None = None
+            images: Sequence[np.ndarray], hints: Sequence[np.ndarray], keys: Sequence[str] | None = None
         ) -> dict[str, float]:
-            score = cls(made.get(cls.cond))
-            score.update(pictures, hints, keys)
+            score = cls(map_settings.get(cls.cond))
+            score.update(images, hints, keys)
             return score.compute() if score.n else {}
 
         return figures
 
-    ready = {}
+    functions = {}
     for name, cls in scores().items():
         if name not in conds:
             continue
-        if cls.reads != "hint":
-            note(f"{name} adherence is not measured while training; `sctool evaluate` measures it.")
+        if cls.compares_with != "hint":
+            note(f"{name} adherence is not measured during training; `sctool evaluate` measures it.")
             continue
         try:
-            cls(made.get(name)).ready()
+            cls(map_settings.get(name)).ready()
         except SctoolError as error:
             note(f"{name} adherence is not measured: {error}")
             continue
-        ready[name] = measure(cls)
-    return ready
+        functions[name] = measure(cls)
+    return functions

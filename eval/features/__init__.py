@@ -1,1 +1,1 @@
-"""Feature extractors, and which one to take."""
+"""Feature extractors, and which one to use."""

@@ -1,13 +1,11 @@
-"""Feature extractors for distances between sets of pictures, and which of them to take.
+"""Feature extractors for distances between image sets, and which of them to use.
 
-An extractor has a name, a dimension, the label and key of the Fréchet distance that it gives, the mark that follows
-the names of other metrics, and a protocol; called with uint8 pictures (B, 3, H, W) it gives float32 features (B, D).
-Only Inception features give figures called FID, KID and so on without a mark.
+Only figures of Inception features are called FID, KID and so on; other names say which features they use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,38 +14,34 @@ from torch import Tensor
 
 from ...core.errors import SctoolError, UsageError, unknown
 from ...core.files import sha256
-from .clip_models import MiniClip, OpenClip, TransformersClip, mini_at_hand, prepared
+from .clip_models import MiniClip, OpenClip, TransformersClip, mini_installed, prepared
 from .clip_weights import Purpose, choose_clip
-from .inception import INCEPTION_URL, InceptionFeatures, find_inception, inception_cache, is_offline, offline_reason
+from .inception import InceptionFeatures, find_inception, inception_cache, is_offline, offline_reason
+from .names import DINOV2, FEATURES, INCEPTION_URL
 
-FEATURES = ("auto", "inception", "inception-clean", "clip", "dinov2", "mini")
-DINOV2 = "facebook/dinov2-large"
-WEIGHTS = {
-    "inception": f"It is {INCEPTION_URL}",
-    "clip": "It is a file of open_clip's ViT-L-14-336, or a folder of open_clip or transformers.",
-    "dinov2": f"It is a folder with config.json and model.safetensors of {DINOV2}.",
-}
-"""What `--weights NAME=PATH` may name, and what lies there."""
 CLIP_336 = Purpose("CMMD or FD-CLIP", "--weights clip=", "CMMD (mini features)", "ViT-L-14-336")
 
 
 class Extractor(Protocol):
-    """What a feature extractor offers."""
+    """A network that turns images into features."""
 
     name: str
     dim: int
     label: str
+    """Name of the Fréchet distance of its features, e.g. "FID"."""
     key: str
+    """Key of that figure."""
     mark: str
+    """Suffix of the names of other metrics, e.g. " (mini features)"; empty for Inception."""
     protocol: dict[str, Any]
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Features (B, D) of uint8 pictures (B, 3, H, W)."""
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (B, D), float32, of uint8 images (B, 3, H, W)."""
         ...
 
 
 class MiniFeatures:
-    """The unit picture embeddings of the embedded CLIP. Small and trained on garments: never called FID."""
+    """Unit image embeddings of the embedded CLIP, which is small and trained on garments: never called FID."""
 
     name, label, key, mark = "mini", "FD (mini features)", "fd_mini", " (mini features)"
 
@@ -55,13 +49,13 @@ class MiniFeatures:
         self.clip, self.dim = clip, clip.dim
         self.protocol = {"extractor": "mini CLIP, unit picture embeddings", **clip.protocol}
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Features (B, D) of uint8 pictures (B, 3, H, W)."""
-        return self.clip.images(pictures)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (B, D), float32, of uint8 images (B, 3, H, W)."""
+        return self.clip.images(images)
 
 
 class ClipFeatures:
-    """A CLIP's picture embeddings as they are, not of unit length; pictures are resized whole, not cropped."""
+    """A CLIP's image embeddings, not normalised; images are resized without cropping."""
 
     name, label, key, mark = "clip", "FD-CLIP", "fd_clip", " (CLIP features)"
 
@@ -73,31 +67,31 @@ class ClipFeatures:
             "resize": f"bicubic, antialias, to {clip.size}x{clip.size}",
         }
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Features (B, D) of uint8 pictures (B, 3, H, W)."""
-        return self.clip.embed(pictures, crop=False)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (B, D), float32, of uint8 images (B, 3, H, W)."""
+        return self.clip.embed(images, crop=False)
 
 
 class DinoFeatures:
-    """DINOv2's class token after the last norm: Stein et al. 2023 (arXiv 2306.04675) put it in Inception's place."""
+    """DINOv2's class token after the last norm, which Stein et al. 2023 (arXiv 2306.04675) use instead of Inception."""
 
     name, label, key, mark = "dinov2", "FD-DINOv2", "fd_dinov2", " (DINOv2 features)"
     side = 224
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        """Loads a folder in transformers' format. Raises `SctoolError` when it is another network."""
+        """Loads a folder in transformers' format. Raises `SctoolError` if it is not a DINOv2."""
         from transformers import Dinov2Model
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # it would break ours
+        logging.disable_progress_bar()  # it would interfere with ours
         try:
             net = Dinov2Model.from_pretrained(
                 str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise SctoolError(
-                f"DINOv2 model {folder} cannot be loaded: {str(error).splitlines()[0]}. It is {DINOV2} of the hub."
+                f"DINOv2 model {folder} cannot be loaded: {str(error).splitlines()[0]}. It should be {DINOV2}."
             ) from error
         self.net = net.eval().requires_grad_(False).to(device)
         self.device, self.dim = device, int(net.config.hidden_size)
@@ -108,18 +102,18 @@ class DinoFeatures:
         }
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Features (B, D) of uint8 pictures (B, 3, H, W)."""
-        return self.net(prepared(pictures.to(self.device), self.side, self.mean, self.std, crop=False)).pooler_output
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (B, D), float32, of uint8 images (B, 3, H, W)."""
+        return self.net(prepared(images.to(self.device), self.side, self.mean, self.std, crop=False)).pooler_output
 
 
 def find_dinov2(weights: str | Path | None, offline: bool) -> Path:
-    """The DINOv2 folder: the given one, the hub's cache, or a download. Raises `UsageError`, `SctoolError`."""
+    """The DINOv2 folder: the given one, the hub's cache, or a download. Raises `UsageError` or `SctoolError`."""
     if weights is not None:
         folder = Path(weights).expanduser()
         if not (folder / "config.json").is_file():
             raise UsageError(
-                f"--weights dinov2={weights}: no folder with config.json and model.safetensors of {DINOV2}."
+                f"--weights dinov2={weights}: there is no folder with config.json and model.safetensors of {DINOV2}."
             )
         return folder
     from huggingface_hub import hf_hub_download
@@ -129,46 +123,16 @@ def find_dinov2(weights: str | Path | None, offline: bool) -> Path:
             hf_hub_download(DINOV2, name, local_files_only=is_offline(offline))
             for name in ("config.json", "model.safetensors")
         ]
-    except Exception as error:  # the hub client raises a dozen kinds for "not reachable" and "not there"
+    except Exception as error:  # the hub client raises a dozen types for "unreachable" and "missing"
         reason = offline_reason(offline)
         if not is_offline(offline):
             reason = f"the download failed ({type(error).__name__})"
         raise SctoolError(
             f"DINOv2 features need {DINOV2}, and {reason}. Either download its config.json and model.safetensors "
-            f"from https://huggingface.co/{DINOV2} and give the folder with --weights dinov2=PATH, or use "
+            f"from https://huggingface.co/{DINOV2} and pass the folder with --weights dinov2=PATH, or use "
             "--features mini, the embedded features (reported as 'FD (mini features)')."
         ) from error
     return Path(files[-1]).parent
-
-
-def named_weights(specs: Sequence[str], features: str) -> dict[str, str]:
-    """`--weights` by network: each is `NAME=PATH` with a name of `WEIGHTS`, or the PATH for what `--features` names.
-
-    Raises `UsageError` for unknown features or networks, a network given twice, a path that does not exist, or mini
-    features, which take none.
-    """
-    if features not in FEATURES:
-        raise unknown("--features value", features, FEATURES)
-    found: dict[str, str] = {}
-    for spec in specs:
-        name, mark, path = spec.partition("=")
-        if not mark or name not in WEIGHTS:
-            if mark and "/" not in name and not Path(spec).expanduser().exists():
-                raise unknown("--weights network", name, WEIGHTS, " Write NETWORK=PATH, or the path alone.")
-            name, path = features if features in WEIGHTS else "inception", spec
-            if features == "mini":
-                raise UsageError(
-                    f"--weights {spec} are Inception weights, which --features mini does not use. "
-                    "Leave out one of the two."
-                )
-        if name in found:
-            raise UsageError(f"--weights gives {name} twice: {found[name]} and {path}.")
-        found[name] = path
-    for name, path in found.items():
-        if not Path(path).expanduser().exists():
-            named = f"{name}={path}" if f"{name}={path}" in specs else path
-            raise UsageError(f"--weights {named}: no such file. {WEIGHTS[name]}")
-    return found
 
 
 def choose_features(
@@ -181,10 +145,10 @@ def choose_features(
     note: Callable[[str], None] = lambda text: None,
     mini: Callable[[], MiniClip] = MiniClip,
 ) -> Extractor:
-    """The extractor for `kind`, one of `FEATURES`; `weights` as `named_weights` gives them.
+    """The extractor for `kind`, one of `FEATURES`; `weights` as `named_weights` returns them.
 
-    "auto" is Inception where its weights are at hand; where they are not, pictures of the embedded base fall back to
-    mini features and `note` is told; for other bases the weights are downloaded. Raises `UsageError`, `SctoolError`.
+    "auto" is Inception. If its weights are not on this machine, images of the embedded base use mini features, with a
+    note; for other bases the weights are downloaded. Raises `UsageError` or `SctoolError`.
     """
     weights = weights or {}
     if kind not in FEATURES:
@@ -195,11 +159,11 @@ def choose_features(
         return clip_features("clip", weights=weights, base=base, offline=offline, device=device)
     if kind == "dinov2":
         return DinoFeatures(find_dinov2(weights.get("dinov2"), offline), device)
-    at_hand = "inception" in weights or inception_cache().is_file()
-    if kind == "auto" and not at_hand and base == "mini" and mini_at_hand():
+    available = "inception" in weights or inception_cache().is_file()
+    if kind == "auto" and not available and base == "mini" and mini_installed():
         note(
-            "no Inception weights here: computing 'FD (mini features)' with the embedded CLIP, which is no FID. "
-            f"For FID, download {INCEPTION_URL} and give it with --weights PATH."
+            "no Inception weights on this machine: computing 'FD (mini features)' with the embedded CLIP, which is not "
+            f"a FID. For FID, download {INCEPTION_URL} and pass it with --weights PATH."
         )
         return MiniFeatures(mini())
     file = find_inception(weights.get("inception"), offline)
@@ -216,7 +180,7 @@ def clip_features(
     note: Callable[[str], None] = lambda text: None,
     mini: Callable[[], MiniClip] = MiniClip,
 ) -> Extractor:
-    """CLIP ViT-L/14 at 336 px, which CMMD is made of, by the rule of `choose_features`: "auto" may fall back to mini.
+    """CLIP ViT-L/14 at 336 px, which CMMD uses; "auto" may fall back to mini as in `choose_features`.
 
     Weights are a file of open_clip's ViT-L-14-336 or a folder of open_clip or transformers.
     """

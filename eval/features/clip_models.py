@@ -1,6 +1,6 @@
-"""CLIP models as one small contract: unit embeddings of pictures and of texts, and a protocol.
+"""CLIP models behind one interface: unit embeddings of images and of texts, and a protocol.
 
-`OpenClip` holds any open_clip model, `TransformersClip` one saved by transformers, `MiniClip` the embedded one.
+`OpenClip` wraps any open_clip model, `TransformersClip` one saved by transformers, `MiniClip` the embedded one.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipModel(Protocol):
-    """What a CLIP model offers. `label` follows "CLIP score" in the report; empty for real CLIP models."""
+    """A CLIP model. `label` follows "CLIP score" in reports; empty for all but the embedded model."""
 
     label: str
     dim: int
     protocol: dict[str, Any]
     truncated: int
 
-    def images(self, pictures: Tensor) -> Tensor:
-        """Unit embeddings (B, D) of uint8 pictures (B, 3, H, W)."""
+    def images(self, images: Tensor) -> Tensor:
+        """Unit embeddings (B, D) of uint8 images (B, 3, H, W)."""
         ...
 
     def texts(self, texts: list[str]) -> Tensor:
-        """Unit embeddings (B, D) of texts; too long ones lose their end but keep the end token, and are counted."""
+        """Unit embeddings (B, D) of texts; long ones are truncated, keep the end token, and are counted."""
         ...
 
 
-def prepared(pictures: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, crop: bool) -> Tensor:
-    """uint8 (B, 3, H, W) to normalised float32 (B, 3, size, size): bicubic with antialias, nothing quantised.
+def prepared(images: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, crop: bool) -> Tensor:
+    """uint8 (B, 3, H, W) to normalised float32 (B, 3, size, size): bicubic with antialias, not quantised.
 
-    crop: the shorter side becomes `size` and the centre is taken; else both sides are resized.
+    crop: resize the shorter side to `size` and take the centre; else resize both sides.
     """
-    x = pictures.float() / 255
+    x = images.float() / 255
     height, width = x.shape[-2:]
     target = (size, size)
     if crop:
@@ -56,16 +56,16 @@ def prepared(pictures: Tensor, size: int, mean: tuple[float, ...], std: tuple[fl
 
 
 class TransformersClip:
-    """A `CLIPModel` and its tokenizer saved by transformers. Resolution and context length are the model's own."""
+    """A `CLIPModel` with its tokenizer, saved by transformers. Resolution and context length are the model's own."""
 
     label = ""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        """Loads `folder`; the tokenizer lies in it or in `tokenizer` beside it. Raises `SctoolError`."""
+        """Loads `folder`; the tokenizer is in it or in `tokenizer` beside it. Raises `SctoolError`."""
         from transformers import CLIPModel, CLIPTokenizer
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # it would break ours
+        logging.disable_progress_bar()  # it would interfere with ours
 
         tokenizer = folder if (folder / "tokenizer_config.json").is_file() else folder.parent / "tokenizer"
         try:
@@ -88,38 +88,38 @@ class TransformersClip:
         }
 
     @torch.no_grad()
-    def embed(self, pictures: Tensor, *, crop: bool) -> Tensor:
-        """Embeddings (B, D) of uint8 pictures (B, 3, H, W); see `prepared` for `crop`."""
-        pixels = prepared(pictures.to(self.device), self.size, MEAN, STD, crop=crop)
+    def embed(self, images: Tensor, *, crop: bool) -> Tensor:
+        """Embeddings (B, D) of uint8 images (B, 3, H, W); see `prepared` for `crop`."""
+        pixels = prepared(images.to(self.device), self.size, MEAN, STD, crop=crop)
         return self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
 
-    def images(self, pictures: Tensor) -> Tensor:
-        """Unit embeddings (B, D) of uint8 pictures (B, 3, H, W)."""
-        return F.normalize(self.embed(pictures, crop=False), dim=-1)
+    def images(self, images: Tensor) -> Tensor:
+        """Unit embeddings (B, D) of uint8 images (B, 3, H, W)."""
+        return F.normalize(self.embed(images, crop=False), dim=-1)
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
         """Unit embeddings (B, D) of texts."""
-        whole = self.tokenizer(texts, verbose=False)["input_ids"]
-        self.truncated += sum(len(ids) > self.context for ids in whole)
+        untruncated = self.tokenizer(texts, verbose=False)["input_ids"]
+        self.truncated += sum(len(ids) > self.context for ids in untruncated)
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.context, return_tensors="pt")
         pooled = self.model.text_model(**tokens.to(self.device)).pooler_output
         return F.normalize(self.model.text_projection(pooled), dim=-1)
 
 
 class MiniClip(TransformersClip):
-    """The embedded CLIP, trained on the captions of the embedded base. Its scores are named (mini)."""
+    """The embedded CLIP, trained on the captions of the embedded base. Its scores are marked (mini)."""
 
     label = "mini"
 
     def __init__(self, folder: Path = MINI, device: str = "cpu") -> None:
-        if not mini_at_hand(folder):
-            raise SctoolError(f"the embedded CLIP is missing from this installation ({folder}). Install sctool again.")
+        if not mini_installed(folder):
+            raise SctoolError(f"the embedded CLIP is missing from this installation ({folder}). Reinstall sctool.")
         super().__init__(folder, device)
         self.protocol["clip_model"] = "mini"
 
 
-def mini_at_hand(folder: Path = MINI) -> bool:
+def mini_installed(folder: Path = MINI) -> bool:
     """Whether the embedded CLIP is installed."""
     return (folder / "config.json").is_file()
 
@@ -130,7 +130,7 @@ class OpenClip:
     label = ""
 
     def __init__(self, model: str, weights: Path | None, device: str = "cpu", quick_gelu: bool = False) -> None:
-        """`model` is an open_clip name, or `local-dir:FOLDER` which holds its own weights. Raises `SctoolError`."""
+        """`model` is an open_clip name, or `local-dir:FOLDER` with its own weights. Raises `SctoolError`."""
         import open_clip
 
         pretrained = {"pretrained": str(weights)} if weights else {}
@@ -139,7 +139,7 @@ class OpenClip:
             self.tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:
             raise SctoolError(
-                f"CLIP model '{model}' with weights {weights or 'of its folder'} cannot be loaded: "
+                f"CLIP model '{model}' with weights {weights or 'from its folder'} cannot be loaded: "
                 f"{str(error).splitlines()[0]}"
             ) from error
         self.net = net.eval().requires_grad_(False).to(device)
@@ -157,18 +157,18 @@ class OpenClip:
         }
 
     @torch.no_grad()
-    def embed(self, pictures: Tensor, *, crop: bool) -> Tensor:
-        """Embeddings (B, D) of uint8 pictures (B, 3, H, W); see `prepared` for `crop`."""
-        pixels = prepared(pictures.to(self.device), self.size, self.mean, self.std, crop=crop)
+    def embed(self, images: Tensor, *, crop: bool) -> Tensor:
+        """Embeddings (B, D) of uint8 images (B, 3, H, W); see `prepared` for `crop`."""
+        pixels = prepared(images.to(self.device), self.size, self.mean, self.std, crop=crop)
         return self.net.encode_image(pixels).float()
 
-    def images(self, pictures: Tensor) -> Tensor:
-        """Unit embeddings (B, D) of uint8 pictures (B, 3, H, W)."""
-        return F.normalize(self.embed(pictures, crop=True), dim=-1)
+    def images(self, images: Tensor) -> Tensor:
+        """Unit embeddings (B, D) of uint8 images (B, 3, H, W)."""
+        return F.normalize(self.embed(images, crop=True), dim=-1)
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
-        """Unit embeddings (B, D) of texts; open_clip's tokenizer keeps the end token when it cuts."""
+        """Unit embeddings (B, D) of texts; open_clip's tokenizer keeps the end token when it truncates."""
         tokens = self.tokenizer(texts)
         if hasattr(self.tokenizer, "encode"):
             self.truncated += sum(len(self.tokenizer.encode(text)) + 2 > tokens.shape[1] for text in texts)

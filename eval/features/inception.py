@@ -1,4 +1,4 @@
-"""The TensorFlow Inception of 2015 as pytorch-fid ports it: its 2048 pool features are what FID means."""
+"""TensorFlow's Inception of 2015 as ported by pytorch-fid: FID is defined on its 2048 pool features."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ...core.errors import SctoolError, UsageError
 from ...core.files import sha256
+from .names import INCEPTION_FILE, INCEPTION_URL
 
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 SIDE = 299
 
 
@@ -47,12 +46,12 @@ class FidInception(nn.Module):
 
 
 class InceptionFeatures:
-    """Pool features of the network, after pytorch-fid's resize or clean-fid's; the classes' logits come from them."""
+    """Pool features after pytorch-fid's or clean-fid's resize, and class logits computed from them."""
 
     dim, classes = 2048, 1008
 
     def __init__(self, weights: Path, device: str = "cpu", *, clean: bool = False) -> None:
-        """Loads `weights` (a state dict, without pickle). Raises `SctoolError` when the file is another one.
+        """Loads `weights` (a state dict, without pickle). Raises `SctoolError` for any other file.
 
         clean: resize and normalise as clean-fid does (Parmar et al. 2022, arXiv 2104.11222): bicubic with antialias.
         """
@@ -79,45 +78,45 @@ class InceptionFeatures:
         }
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Features (B, 2048) of uint8 pictures (B, 3, H, W)."""
-        pictures = pictures.to(self.device)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (B, 2048) of uint8 images (B, 3, H, W)."""
+        images = images.to(self.device)
         if self.clean:
-            return self.net((clean_resize(pictures) - 128) / 128)
-        x = F.interpolate(pictures.float() / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+            return self.net((clean_resize(images) - 128) / 128)
+        x = F.interpolate(images.float() / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
         return self.net(2 * x - 1)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """Logits (B, 1008) of features (B, 2048), without bias, as the Inception score takes them."""
+        """Logits (B, 1008) of features (B, 2048), without bias, as the Inception score uses them."""
         return features @ self.net.net.fc.weight.T
 
 
-def clean_resize(pictures: Tensor) -> Tensor:
+def clean_resize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) to float32 (B, 3, 299, 299) in 0..255: Pillow's bicubic on float channels, clipped."""
-    x = F.interpolate(pictures.float(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+    x = F.interpolate(images.float(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
     return x.clamp(0, 255)
 
 
 def is_offline(offline: bool) -> bool:
-    """Whether the network is forbidden, by flag or by the hub's own variable."""
+    """Whether network access is forbidden, by the flag or by the hub's environment variable."""
     return offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def offline_reason(offline: bool) -> str:
-    """Why the network is not asked, for messages; `offline` is the flag."""
-    return f"the network is not to be used ({'--offline' if offline else 'HF_HUB_OFFLINE is set'})"
+    """Why nothing was downloaded, for messages; `offline` is the flag."""
+    return f"downloads are forbidden ({'--offline' if offline else 'HF_HUB_OFFLINE is set'})"
 
 
 def inception_cache() -> Path:
-    """Where torch.hub, and so pytorch-fid, keeps the Inception weights."""
+    """Where torch.hub, and therefore pytorch-fid, stores the Inception weights."""
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
 def find_inception(weights: str | Path | None, offline: bool) -> Path:
     """The Inception weights: the given file, the cached one, or a download.
 
-    Raises `UsageError` for a missing file and `SctoolError`, naming the remedies, when they cannot be had.
+    Raises `UsageError` for a missing file and `SctoolError`, with the remedies, if they are unavailable.
     """
     if weights is not None:
         path = Path(weights).expanduser()
@@ -133,10 +132,10 @@ def find_inception(weights: str | Path | None, offline: bool) -> Path:
             cached.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(cached), hash_prefix="6726825d", progress=False)
             return cached
-        except (OSError, RuntimeError) as error:  # no network, a full disk, or other bytes than expected
+        except (OSError, RuntimeError) as error:  # no network, a full disk, or a wrong checksum
             reason = f"the download failed ({error})"
     raise SctoolError(
         f"Inception features (FID, KID, IS, precision and recall) need their weights, and {reason}. Either download "
-        f"{INCEPTION_URL} and give it with --weights PATH (or put it at {cached}), or use --features mini, the "
+        f"{INCEPTION_URL} and pass it with --weights PATH (or put it at {cached}), or use --features mini, the "
         "embedded features (reported as 'FD (mini features)', not FID)."
     )

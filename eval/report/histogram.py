@@ -1,4 +1,4 @@
-"""A histogram of pictures' values as SVG: one series a folder, overlaid, means marked; colours come from the page."""
+"""A histogram of per-image values as SVG: one series per folder, overlaid, means marked; the page sets the colours."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MOST_BINS = 30
 def histogram(series: Mapping[str, Sequence[float]], name: str) -> tuple[Markup, int]:
     """The SVG of `series` (finite values by label), and how many values lie beyond its axis.
 
-    All series share their bins: Rice's rule over the pooled values, up to Tukey's outer fences, so that one far value
-    does not press the others into one bar. Values beyond are counted in the outermost bars.
+    All series share their bins: Rice's rule over the pooled values, within Tukey's outer fences, so that an outlier
+    does not push the others into a single bar. Values beyond the axis are counted in the outermost bars.
     """
     pooled = np.concatenate([np.asarray(values, np.float64) for values in series.values()])
     low, high = _limits(pooled)
@@ -48,15 +48,15 @@ def histogram(series: Mapping[str, Sequence[float]], name: str) -> tuple[Markup,
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{y(0)}H{WIDTH - RIGHT}"/>')
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(name)}</text>')
-    parts.append(f'<text transform="translate(12 {y(most / 2)}) rotate(-90)" text-anchor="middle">pictures</text>')
+    parts.append(f'<text transform="translate(12 {y(most / 2)}) rotate(-90)" text-anchor="middle">images</text>')
     means = "; ".join(f"{label}: mean {np.mean(values):.4g}" for label, values in series.items())
-    label = escape(f"Histogram of {name} over pictures. {means}")
+    label = escape(f"Histogram of {name} over images. {means}")
     svg = f'<svg role="img" viewBox="0 0 {WIDTH} {HEIGHT}" aria-label="{label}">{"".join(parts)}</svg>'
     return Markup(svg), int(((pooled < low) | (pooled > high)).sum())
 
 
 def _limits(pooled: np.ndarray) -> tuple[float, float]:
-    """The axis: all values, or those within the fences where there are some beyond; never empty."""
+    """The limits of the axis: the extremes, or the fences if values lie beyond them; never empty."""
     low, first, third, high = np.quantile(pooled, (0, 0.25, 0.75, 1))
     if third > first:
         low, high = max(low, first - FENCE * (third - first)), min(high, third + FENCE * (third - first))
@@ -66,7 +66,7 @@ def _limits(pooled: np.ndarray) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, `about` as many as asked for: multiples of 1, 2 or 5 times a power of ten."""
+    """About `about` round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)

@@ -1,4 +1,4 @@
-"""The report as one HTML file: figures, pictures, best and worst, distributions; nothing in it is fetched."""
+"""The report as one HTML file: figures, images, best and worst, distributions; it loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from PIL import Image
 from ...core.data.images import BadImage
 from ...core.errors import SctoolError
 from ...core.files import write_bytes
-from ..results import Column, Figure, Picture, Results
-from ..targets import read_folder, read_picture
+from ..results import Figure, FolderResults, ImageResult, Results
+from ..targets import read_folder, read_image
 from .compare import winner, with_interval
 from .histogram import histogram
 from .tables import ARROWS, cost_rows, number
 
 SHOWN = 12
-"""Pictures of the grid, spread evenly over the set."""
+"""Images in the grid, spread evenly over the set."""
 EXTREMES = 6
-"""Pictures at either end of each figure."""
+"""Images at each end of each figure."""
 THUMB = 192
-"""Longest side of a picture in the page, in pixels."""
+"""Longest side of an image in the page, in pixels."""
 LOSSLESS = 12_000
-"""Bytes up to which a thumbnail stays PNG: small pictures and line maps; the others become JPEG."""
+"""Bytes up to which a thumbnail stays a PNG, as small images and line maps do; larger ones become JPEG."""
 PROMPT = 200
+"""Characters of a prompt that are shown."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture in the page, or why it is not there."""
+    """One image in the page, or why it is missing."""
 
     label: str
     alt: str
@@ -53,7 +54,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sample:
-    """A drawn picture with what belongs to it, above a caption."""
+    """A drawn image with its hint, reference and so on, above a caption."""
 
     cells: list[Cell]
     prompt: str
@@ -62,20 +63,20 @@ class Sample:
 
 
 def write_html(results: Results, folder: str | Path) -> Path:
-    """Writes report.html into `folder`, as a whole or not at all; gives its path.
+    """Writes report.html into `folder`, atomically; returns its path.
 
-    The page needs no other file, no script and no network. Only the pictures that it shows are read; one that cannot
-    be is shown as missing. The same results and pictures give the same bytes.
+    The page needs no other file, no script and no network. Only the images that it shows are read; those that cannot be
+    read are shown as missing. The same results and images produce the same bytes.
     Raises `SctoolError` when the file cannot be written.
     """
     path = Path(folder) / "report.html"
-    # A lone surrogate in a prompt has no UTF-8 form.
+    # A lone surrogate in a prompt cannot be encoded as UTF-8.
     write_bytes(path, render(results).encode(errors="replace"))
     return path
 
 
 def render(results: Results) -> str:
-    """The page. Every string in it is escaped; a content security policy forbids whatever might slip through."""
+    """The page. Every string in it is escaped; a content security policy blocks anything that slips through."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -83,19 +84,19 @@ def render(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    main = results.columns[-1] if results.columns else None
-    protocols = {f.protocol_id: f.protocol for column in results.columns for f in column.figures}
+    main = results.folders[-1] if results.folders else None
+    protocols = {f.protocol_id: f.protocol for folder in results.folders for f in folder.figures}
     return environment.get_template("report.html.j2").render(
         target=results.target,
         about=about(results),
-        columns=results.columns,
+        folders=results.folders,
         rows=[table_row(first, figures) for first, figures in results.rows()],
         notes=results.notes,
         profile=results.profile,
         costs=cost_rows(results.profile) if results.profile else [],
-        samples=grid(results.columns) if main else [],
+        samples=grid(results.folders) if main else [],
         extremes=extremes(main) if main else {},
-        charts=charts(results.columns),
+        charts=charts(results.folders),
         protocols={key: {k: text(v) for k, v in protocol.items()} for key, protocol in protocols.items()},
         main=main,
         text=text,
@@ -103,16 +104,16 @@ def render(results: Results) -> str:
 
 
 def text(value: Any) -> str:
-    """A protocol's value in words."""
+    """A protocol's value as text."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {text(each)}" for key, each in value.items())
+        return ", ".join(f"{key} {text(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(text, value))
     return (value or "none") if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def titled(figure: Figure) -> str:
-    """The figure's name with the arrow of its better direction."""
+    """The figure's name with an arrow for its better direction."""
     return f"{figure.name} {ARROWS[figure.better]}".strip()
 
 
@@ -120,23 +121,23 @@ def titled(figure: Figure) -> str:
 
 
 def about(results: Results) -> dict[str, str]:
-    """What was evaluated, from the files beside the pictures; only what they say."""
-    said = {"Target": results.target}
-    for column in results.columns[-1:]:
-        if not (column.folder / "metadata.jsonl").is_file():
+    """What was evaluated, as far as the files beside the images say."""
+    facts = {"Target": results.target}
+    for folder in results.folders[-1:]:
+        if not (folder.path / "metadata.jsonl").is_file():
             continue
-        sampling = dict(read_folder(column.folder).sampling)
+        sampling = dict(read_folder(folder.path).sampling)
         base = sampling.pop("base", None) or {}
         tuners = sampling.pop("tuners", None) or []
-        said["Base"] = f"{base.get('id', 'unknown')} ({str(base.get('hash'))[:12]})"
-        said["Tuner"] = "; ".join(map(text, tuners)) or "none"
-        said["Sampling"] = text({key: value for key, value in sampling.items() if value != ""})
-        drawn = datetime.fromtimestamp((column.folder / "metadata.jsonl").stat().st_mtime, UTC)
-        said["Drawn"] = f"{drawn:%Y-%m-%d}"
-    if results.profile and "Tuner" not in said:
-        said["Method"] = str(results.profile["method"])
-    said["Pictures"] = ", ".join(f"{column.count} {column.label}" for column in results.columns)
-    return {key: value for key, value in said.items() if value}
+        facts["Base"] = f"{base.get('id', 'unknown')} ({str(base.get('hash'))[:12]})"
+        facts["Tuner"] = "; ".join(map(text, tuners)) or "none"
+        facts["Sampling"] = text({key: value for key, value in sampling.items() if value != ""})
+        drawn = datetime.fromtimestamp((folder.path / "metadata.jsonl").stat().st_mtime, UTC)
+        facts["Drawn"] = f"{drawn:%Y-%m-%d}"
+    if results.profile and "Tuner" not in facts:
+        facts["Method"] = str(results.profile["method"])
+    facts["Images"] = ", ".join(f"{folder.count} {folder.label}" for folder in results.folders)
+    return {key: value for key, value in facts.items() if value}
 
 
 def table_row(first: Figure, figures: list[Figure | None]) -> dict[str, Any]:
@@ -146,63 +147,63 @@ def table_row(first: Figure, figures: list[Figure | None]) -> dict[str, Any]:
     return {"name": titled(first), "cells": cells, "best": best, "protocol": first.protocol_id}
 
 
-# ----------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------- images
 
 
-def grid(columns: list[Column]) -> list[Sample]:
-    """Pictures spread evenly over the set: hints, each folder's picture, its map extracted again, the reference."""
-    main, samples = columns[-1], []
-    others = [(column, {p.file: p for p in column.pictures}) for column in columns[:-1]]
-    count = min(SHOWN, len(main.pictures))
-    for picture in (main.pictures[i * len(main.pictures) // count] for i in range(count)):
-        cells = [_file_cell(f"hint: {cond}", main, file, picture) for cond, file in sorted(picture.hints.items())]
-        for column, known in others:
-            if picture.file in known:
-                cells.append(_file_cell(column.label, column, picture.file, picture))
-        cells.append(_file_cell(main.label, main, picture.file, picture))
-        for cond in sorted(main.extract.keys() & picture.hints.keys()):
-            again = partial(_again, main, cond, picture)
-            cells.append(_cell(f"{cond} of {main.label}", again, picture))
-        if picture.reference:
-            cells.append(_file_cell("reference", main, picture.reference, picture))
-        samples.append(Sample(cells, shortened(picture.prompt), picture.file))
+def grid(folders: list[FolderResults]) -> list[Sample]:
+    """Images spread evenly over the set: hints, the image of each folder, the extracted map, the reference."""
+    main, samples = folders[-1], []
+    others = [(folder, {image.file: image for image in folder.images}) for folder in folders[:-1]]
+    count = min(SHOWN, len(main.images))
+    for image in (main.images[i * len(main.images) // count] for i in range(count)):
+        cells = [_file_cell(f"hint: {cond}", main, file, image) for cond, file in sorted(image.hints.items())]
+        for folder, by_file in others:
+            if image.file in by_file:
+                cells.append(_file_cell(folder.label, folder, image.file, image))
+        cells.append(_file_cell(main.label, main, image.file, image))
+        for cond in sorted(main.extract.keys() & image.hints.keys()):
+            cells.append(_cell(f"{cond} of {main.label}", partial(_extracted, main, cond, image), image))
+        if image.reference:
+            cells.append(_file_cell("reference", main, image.reference, image))
+        samples.append(Sample(cells, shortened(image.prompt), image.file))
     return samples
 
 
-def _again(column: Column, cond: str, picture: Picture) -> np.ndarray:
-    return column.extract[cond](read_picture(column.folder, picture.file), picture.key)
+def _extracted(folder: FolderResults, cond: str, image: ImageResult) -> np.ndarray:
+    return folder.extract[cond](read_image(folder.path, image.file), image.key)
 
 
-def extremes(column: Column) -> dict[str, dict[str, list[Sample]]]:
-    """By title, the best and the worst pictures of every figure that is made of pictures' own values."""
-    found = {}
-    for figure in column.figures:
-        valued = [(v, p) for p in column.pictures if math.isfinite(v := p.values.get(figure.key, math.nan))]
+def extremes(folder: FolderResults) -> dict[str, dict[str, list[Sample]]]:
+    """By title, the best and the worst images of every figure that single images have."""
+    sections = {}
+    for figure in folder.figures:
+        valued = [(v, image) for image in folder.images if math.isfinite(v := image.values.get(figure.key, math.nan))]
         if len(valued) < 2:
             continue
         valued.sort(key=lambda pair: pair[0], reverse=figure.better == "higher")
         ends = min(EXTREMES, len(valued) // 2)
         names = ("best", "worst") if figure.better else ("lowest", "highest")
         groups = dict(zip(names, (valued[:ends], valued[: -ends - 1 : -1]), strict=True))
-        made = {name: [_extreme(column, figure, v, p) for v, p in group] for name, group in groups.items()}
-        found[titled(figure)] = made
-    return found
+        sections[titled(figure)] = {
+            name: [_extreme(folder, figure, value, image) for value, image in group] for name, group in groups.items()
+        }
+    return sections
 
 
-def _extreme(column: Column, figure: Figure, value: float, picture: Picture) -> Sample:
-    cells = [_file_cell(column.label, column, picture.file, picture)]
+def _extreme(folder: FolderResults, figure: Figure, value: float, image: ImageResult) -> Sample:
+    cells = [_file_cell(folder.label, folder, image.file, image)]
     cond = figure.key.partition(".")[0]
-    if cond in picture.hints:
-        cells.insert(0, _file_cell(f"hint: {cond}", column, picture.hints[cond], picture))
-    return Sample(cells, shortened(picture.prompt), picture.file, number(value))
+    if cond in image.hints:
+        cells.insert(0, _file_cell(f"hint: {cond}", folder, image.hints[cond], image))
+    return Sample(cells, shortened(image.prompt), image.file, number(value))
 
 
-def _file_cell(label: str, column: Column, file: str, picture: Picture) -> Cell:
-    return _cell(label, partial(read_picture, column.folder, file), picture)
+def _file_cell(label: str, folder: FolderResults, file: str, image: ImageResult) -> Cell:
+    return _cell(label, partial(read_image, folder.path, file), image)
 
 
-def _cell(label: str, read: Callable[[], np.ndarray], picture: Picture) -> Cell:
-    alt = f"{label}: {shortened(picture.prompt) or picture.file}"
+def _cell(label: str, read: Callable[[], np.ndarray], image: ImageResult) -> Cell:
+    alt = f"{label}: {shortened(image.prompt) or image.file}"
     try:
         source, width, height = thumbnail(read())
     except (BadImage, SctoolError) as error:
@@ -210,9 +211,9 @@ def _cell(label: str, read: Callable[[], np.ndarray], picture: Picture) -> Cell:
     return Cell(label, alt, source, width, height)
 
 
-def thumbnail(picture: np.ndarray) -> tuple[str, int, int]:
-    """A picture, uint8 (H, W, 3), as a data: URI of at most THUMB px a side, its width and its height."""
-    image = Image.fromarray(picture)
+def thumbnail(pixels: np.ndarray) -> tuple[str, int, int]:
+    """An image, uint8 (H, W, 3), as a data: URI of at most THUMB px per side, with its width and height."""
+    image = Image.fromarray(pixels)
     image.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
@@ -224,24 +225,24 @@ def thumbnail(picture: np.ndarray) -> tuple[str, int, int]:
 
 
 def shortened(prompt: str) -> str:
-    """A prompt in one line of at most PROMPT characters."""
+    """A prompt on one line of at most PROMPT characters."""
     return textwrap.shorten(prompt, PROMPT, placeholder=" …")
 
 
 # ------------------------------------------------------------------------------------------------ distributions
 
 
-def charts(columns: list[Column]) -> list[tuple[Markup, int, dict[str, str]]]:
-    """(SVG, values beyond its axis, mean by folder) of every figure of pictures' own values, the folders overlaid."""
-    made = []
-    figures = {figure.key: figure for column in columns for figure in column.figures}
+def charts(folders: list[FolderResults]) -> list[tuple[Markup, int, dict[str, str]]]:
+    """(SVG, values beyond its axis, mean by folder) of every figure that single images have, the folders overlaid."""
+    drawn = []
+    figures = {figure.key: figure for folder in folders for figure in folder.figures}
     for key, figure in figures.items():
         series = {}
-        for column in columns:
-            values = [v for p in column.pictures if math.isfinite(v := p.values.get(key, math.nan))]
+        for folder in folders:
+            values = [v for image in folder.images if math.isfinite(v := image.values.get(key, math.nan))]
             if values:
-                series[column.label] = values
+                series[folder.label] = values
         if series:
             means = {label: number(float(np.mean(values))) for label, values in series.items()}
-            made.append((*histogram(series, titled(figure)), means))
-    return made
+            drawn.append((*histogram(series, titled(figure)), means))
+    return drawn

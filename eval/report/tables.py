@@ -1,4 +1,4 @@
-"""The report: a table for the terminal, a JSON file and a Markdown file beside the samples."""
+"""The report as a table for the terminal, a JSON file and a Markdown file beside the samples."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from ..results import Figure, Results
 
 ARROWS = {"lower": "↓", "higher": "↑", "": ""}
 COSTS = {
-    "train_step_s": "training step, s",
-    "sample_step_s": "sampling step, s",
-    "train_peak_bytes": "training peak memory, MB",
-    "sample_peak_bytes": "sampling peak memory, MB",
+    "train_step_s": "training step (s)",
+    "sample_step_s": "sampling step (s)",
+    "train_peak_bytes": "training peak memory (MB)",
+    "sample_peak_bytes": "sampling peak memory (MB)",
 }
-
-
-WIDE = 55  # characters a folder's column, below which intervals stand under their figures
-INTERVALS = "[…, …]: 95 % interval over pictures"
+WIDE = 55  # characters per column below which intervals go under their figures
+INTERVALS = "[…, …]: 95 % interval over images"
 
 
 def number(value: float | None) -> str:
@@ -31,7 +29,7 @@ def number(value: float | None) -> str:
 
 
 def shown(figure: Figure | None) -> str:
-    """A figure with its interval: 0.721 [0.70, 0.74]."""
+    """A figure with its interval: 0.721 [0.70, 0.74]; a dash for none."""
     if figure is None:
         return "–"
     bounds = figure.interval
@@ -39,7 +37,7 @@ def shown(figure: Figure | None) -> str:
 
 
 def figure_rows(results: Results) -> list[list[str]]:
-    """Name, a value with its interval a column, protocol id; a name with several protocols has as many rows."""
+    """Name, a value with its interval per folder, protocol id; one row per protocol."""
     rows = []
     for first, figures in results.rows():
         values = [shown(figure) for figure in figures]
@@ -48,30 +46,30 @@ def figure_rows(results: Results) -> list[list[str]]:
 
 
 def cost_rows(profile: dict[str, Any]) -> list[list[str]]:
-    """Name, base, tuned, ratio of every cost."""
+    """Name, base, tuned and ratio of every cost."""
     counts = profile["parameters"]
-    rows = [[f"parameters {key}", "", f"{counts[key]:,}", ""] for key in ("trainable", "stored")]
+    rows = [[f"{key} parameters", "", f"{counts[key]:,}", ""] for key in ("trainable", "stored")]
     total = f"{counts['total'] / counts['base']:.4f}"
-    rows.append(["parameters total", f"{counts['base']:,}", f"{counts['total']:,}", total])
+    rows.append(["total parameters", f"{counts['base']:,}", f"{counts['total']:,}", total])
     for key, name in COSTS.items():
         scale = 1e-6 if key.endswith("bytes") else 1
         pair = [profile[side].get(key) for side in ("base", "tuned")]
         ratio = profile["ratio"].get(key)
-        shown = [number(value * scale if value is not None else None) for value in pair]
-        rows.append([name, *shown, number(ratio)])
+        values = [number(value * scale if value is not None else None) for value in pair]
+        rows.append([name, *values, number(ratio)])
     return rows
 
 
 def show(results: Results, console: Console | None = None) -> None:
-    """Prints the tables and the faults; the notes were said on stderr and stand in the files."""
+    """Prints the tables and the faults; the notes were printed on stderr and are in the files."""
     console = console or Console()
-    if results.columns:
-        table = _table(f"Evaluation of {results.target}", ["", *[_heading(c) for c in results.columns], "protocol"])
-        narrow = console.width < WIDE * len(results.columns)
+    if results.folders:
+        table = _table(f"Evaluation of {results.target}", _headings(results))
+        narrow = console.width < WIDE * len(results.folders)
         for row in figure_rows(results):
             table.add_row(*(cell.replace(" [", "\n[") if narrow else cell for cell in row))
         console.print(table)
-        if any(figure.interval for column in results.columns for figure in column.figures):
+        if _has_intervals(results):
             console.print(INTERVALS, style="dim")
     if results.profile:
         protocol = results.profile["protocol"]
@@ -84,8 +82,12 @@ def show(results: Results, console: Console | None = None) -> None:
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def _heading(column: Any) -> str:
-    return f"{column.label} (N={column.count})"
+def _headings(results: Results) -> list[str]:
+    return ["", *[f"{folder.label} (N={folder.count})" for folder in results.folders], "protocol"]
+
+
+def _has_intervals(results: Results) -> bool:
+    return any(figure.interval for folder in results.folders for figure in folder.figures)
 
 
 def _table(title: str, headings: list[str]) -> Table:
@@ -95,18 +97,18 @@ def _table(title: str, headings: list[str]) -> Table:
     return table
 
 
-def _fault_lines(results: Results, shown: int = 10) -> list[str]:
-    lines = [f"left out: {c.label}/{f['file']}: {f['reason']}" for c in results.columns for f in c.faults]
-    rest = len(lines) - shown
-    return [*lines[:shown], f"… and {rest} more, in evaluation.json"] if rest > 0 else lines
+def _fault_lines(results: Results, most: int = 10) -> list[str]:
+    lines = [f"left out: {r.label}/{fault['file']}: {fault['reason']}" for r in results.folders for fault in r.faults]
+    rest = len(lines) - most
+    return [*lines[:most], f"… and {rest} more, in evaluation.json"] if rest > 0 else lines
 
 
 def markdown(results: Results) -> str:
-    """The report as Markdown, protocols written out."""
+    """The report as Markdown, with the full protocols."""
     lines = [f"# Evaluation of {results.target}", ""]
-    if results.columns:
-        lines += _markdown_table(["", *[_heading(c) for c in results.columns], "protocol"], figure_rows(results))
-        if any(figure.interval for column in results.columns for figure in column.figures):
+    if results.folders:
+        lines += _markdown_table(_headings(results), figure_rows(results))
+        if _has_intervals(results):
             lines += [f"{INTERVALS}.", ""]
     if results.profile:
         lines += ["## Costs", "", *_markdown_table(["", "base", "tuned", "ratio"], cost_rows(results.profile))]
@@ -114,9 +116,9 @@ def markdown(results: Results) -> str:
     extra = [*results.notes, *_fault_lines(results)]
     if extra:
         lines += ["## Notes", "", *[f"- {line}" for line in extra], ""]
-    figures = {f.protocol_id: f for column in results.columns for f in column.figures}
+    figures = {figure.protocol_id: figure for folder in results.folders for figure in folder.figures}
     if figures:
-        lines += ["## Protocols", "", "Figures of different protocols must not be compared.", ""]
+        lines += ["## Protocols", "", "Figures with different protocols must not be compared.", ""]
         lines += [_protocol_line(figure) for figure in figures.values()] + [""]
     return "\n".join(lines)
 
@@ -132,7 +134,7 @@ def _protocol_line(figure: Figure) -> str:
 
 
 def write(results: Results, folder: str | Path) -> tuple[Path, Path]:
-    """Writes evaluation.json and evaluation.md into `folder`, each as a whole or not at all; gives their paths."""
+    """Writes evaluation.json and evaluation.md into `folder`, each atomically; returns their paths."""
     folder = Path(folder)
     write_json(folder / "evaluation.json", results.to_json())
     write_text(folder / "evaluation.md", markdown(results))

@@ -1,1 +1,1 @@
-"""Distances between sets of images, and the real images that they are measured against."""
+"""Distances between sets of images, and the reference images that they are measured against."""

@@ -11,7 +11,8 @@ import numpy as np
 
 from ...core.errors import SctoolError
 from ..intervals import JACKKNIFE, Estimate
-from .feature_store import KeptFeatures
+from .feature_store import FeatureStore
+from .meter import SetMeter
 from .mmd import kernel_sums
 
 SIGMA, SCALE = 10.0, 1000.0
@@ -24,13 +25,13 @@ def gaussian(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Rows (N, D) of length 1, float64."""
+    """Rows (N, D) scaled to length 1, float64."""
     features = features.astype(np.float64)
     return features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
 
 
-class ClipDiscrepancy(KeptFeatures):
-    """CMMD of streamed CLIP embeddings to the real ones; mergeable."""
+class ClipDiscrepancy(FeatureStore, SetMeter):
+    """CMMD of streamed CLIP embeddings to the reference embeddings; mergeable."""
 
     protocol: ClassVar[dict[str, Any]] = {
         "kernel": f"Gaussian, sigma {SIGMA:g}, unit embeddings, biased, x {SCALE:g}",
@@ -38,8 +39,8 @@ class ClipDiscrepancy(KeptFeatures):
     }
 
     def compute(self, real: np.ndarray) -> dict[str, Estimate]:
-        """{"cmmd": discrepancy to real embeddings (M, D)}. Raises `SctoolError` where a side is empty."""
+        """{"cmmd": discrepancy to real embeddings (M, D)}. Raises `SctoolError` if a side is empty."""
         if not self.n or not len(real):
-            raise SctoolError(f"a CMMD needs pictures on each side; there are {self.n} and {len(real)}.")
+            raise SctoolError(f"a CMMD needs images on each side; there are {self.n} and {len(real)}.")
         sums = kernel_sums(unit(self.rows()), self.blocks(), unit(real), gaussian)
         return {"cmmd": sums.estimate(SCALE * sums.mmd2(unbiased=False), SCALE, unbiased=False, low=0)}

@@ -1,4 +1,4 @@
-"""Features kept as they came, for metrics that compare every picture with every other."""
+"""Stored features, for metrics that compare every image with every other."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from ..intervals import BLOCKS
 
 
-class KeptFeatures:
-    """Features (N, D) float32 in the order of their pictures' positions; mergeable over processes."""
+class FeatureStore:
+    """Features (N, D) float32 in the order of their images' positions; mergeable over processes."""
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
@@ -19,26 +19,26 @@ class KeptFeatures:
 
     @property
     def n(self) -> int:
-        """Pictures kept."""
+        """Images stored."""
         return len(self._positions)
 
     def update(self, features: torch.Tensor | np.ndarray, positions: Sequence[int] | None = None) -> None:
-        """Adds features (B, D) of the pictures at `positions` of the set; the next ones by default."""
+        """Adds features (B, D) of the images at `positions` of the set; the next ones by default."""
         if isinstance(features, torch.Tensor):
             features = features.detach().float().cpu().numpy()
-        where = list(range(self.n, self.n + len(features)) if positions is None else positions)
-        if len(where) != len(features):
-            raise ValueError(f"{len(features)} features and {len(where)} positions")
+        indices = list(range(self.n, self.n + len(features)) if positions is None else positions)
+        if len(indices) != len(features):
+            raise ValueError(f"{len(features)} features and {len(indices)} positions")
         self._parts.append(np.asarray(features, dtype=np.float32))
-        self._positions += where
+        self._positions += indices
 
-    def merge(self, other: KeptFeatures) -> None:
-        """Adds what another process has kept."""
+    def merge(self, other: FeatureStore) -> None:
+        """Adds what another process stored."""
         self._parts += other._parts
         self._positions += other._positions
 
     def rows(self) -> np.ndarray:
-        """(N, D) float32, ordered by position: the same whatever came first."""
+        """(N, D) float32, ordered by position whatever the order of arrival."""
         if not self._parts:
             return np.zeros((0, 0), np.float32)
         return np.concatenate(self._parts)[np.argsort(self._positions, kind="stable")]

@@ -3,7 +3,7 @@
 d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
 
 With S2 = A A^T, from Cholesky's factors, the last trace is the sum of square roots of the eigenvalues of the symmetric
-A^T S1 A, which is exact, real and several times faster than `scipy.linalg.sqrtm`. With fewer pictures than dimensions
+A^T S1 A, which is exact, real and several times faster than `scipy.linalg.sqrtm`. With fewer images than dimensions
 the covariances are singular; the trace is then the nuclear norm of the product of the centred features, which needs no
 covariance at all.
 """
@@ -15,27 +15,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 
 from ...core.errors import SctoolError, UsageError
 from ...core.files import write_bytes
+from ..features.choosing import Extractor
 from ..intervals import BLOCKS, JACKKNIFE, Estimate, blocks_of, jackknife
+from .meter import SetMeter
 
 ENOUGH = 10_000
-"""Pictures below which the distance is visibly biased upwards (the bias falls as 1/N)."""
+"""Images below which the distance is noticeably biased upwards (the bias falls as 1/N)."""
 TOLERANCE = 1e-3
-"""Of sigma's largest entry: what a covariance that was kept in half precision may be off by."""
-FLUSH = 512  # features that wait to be added to the matrix at once
+"""Share of sigma's largest entry by which a covariance stored in half precision may be off."""
+FLUSH = 512  # features added to the matrix at once
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (D,) and unbiased covariance (D, D) of N features; `centred` (N, D) is kept where N <= D.
+    """Mean (D,) and unbiased covariance (D, D) of N features; `centred` (N, D) is kept if N <= D.
 
-    `n` is None for statistics files that do not say it, such as pytorch-fid's.
+    `n` is None for statistics files without it, such as pytorch-fid's.
     """
 
     mu: np.ndarray
@@ -45,12 +47,12 @@ class Moments:
 
     @cached_property
     def root(self) -> torch.Tensor:
-        """A (D, D) with A A^T = sigma; kept, since many sets are compared to the same reference."""
+        """A (D, D) with A A^T = sigma; cached, since many sets are compared to the same reference."""
         sigma = torch.from_numpy(self.sigma)
         factor, failed = torch.linalg.cholesky_ex(sigma)
         if not failed:
             return factor
-        values, vectors = torch.linalg.eigh(sigma)  # singular: dearer, and indifferent to it
+        values, vectors = torch.linalg.eigh(sigma)  # singular: slower, but works
         return vectors * values.clamp(min=0).sqrt()
 
     def save(self, path: str | Path) -> None:
@@ -63,7 +65,7 @@ class Moments:
     def load(cls, path: str | Path) -> Moments:
         """Reads an .npz with `mu` and `sigma`; pickled arrays are refused.
 
-        Raises `UsageError` for other files, and for arrays that are no mean and covariance.
+        Raises `UsageError` for other files, and for arrays that are not a mean and a covariance.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -71,36 +73,36 @@ class Moments:
                 n = int(file["n"]) if "n" in file else -1
         except OSError as error:
             raise UsageError(f"--reference {path} cannot be read: {error.strerror or error}.") from error
-        except Exception as error:  # NumPy's reader raises a dozen kinds for damaged, pickled and other files
+        except Exception as error:  # NumPy's reader raises a dozen types for damaged, pickled and other files
             raise UsageError(
-                f"--reference {path} is no statistics file: an .npz with the numbers mu and sigma, as pytorch-fid and "
-                "--save-stats write it."
+                f"--reference {path} is not a statistics file: an .npz with the arrays mu and sigma, as written by "
+                "pytorch-fid and --save-stats."
             ) from error
         if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
-            raise UsageError(f"--reference {path}: mu is {mu.shape} and sigma {sigma.shape}; they belong not together.")
-        fault = _no_covariance(mu, sigma)
+            raise UsageError(f"--reference {path}: mu is {mu.shape} and sigma {sigma.shape}; they do not fit together.")
+        fault = _covariance_fault(mu, sigma)
         if fault:
-            raise UsageError(f"--reference {path}: {fault}. Make it again from the pictures with --save-stats.")
+            raise UsageError(f"--reference {path}: {fault}. Create it again from the images with --save-stats.")
         return cls(mu, sigma, n if n >= 0 else None)
 
 
-def _no_covariance(mu: np.ndarray, sigma: np.ndarray) -> str | None:
-    """Why mu (D,) and sigma (D, D) are no mean and covariance, beyond rounding; None where they are."""
+def _covariance_fault(mu: np.ndarray, sigma: np.ndarray) -> str | None:
+    """Why mu (D,) and sigma (D, D) are not a mean and a covariance, up to rounding; None where they are."""
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        return "mu or sigma holds NaN or infinity"
+        return "mu or sigma contains NaN or infinity"
     slack = TOLERANCE * np.abs(sigma).max()
     if np.abs(sigma - sigma.T).max() > slack:
-        return "sigma is not symmetric, so it is no covariance"
+        return "sigma is not symmetric, so it is not a covariance"
     if float(torch.linalg.eigvalsh(torch.from_numpy(sigma)).min()) < -slack:
-        return "sigma has negative eigenvalues, so it is no covariance"
+        return "sigma has negative eigenvalues, so it is not a covariance"
     return None
 
 
 class FrechetStats:
-    """Streaming moments of features: n, sum x, sum x x^T. Mergeable over processes, and exact in any order to rounding.
+    """Streaming moments of features: n, sum x, sum x x^T. Mergeable over processes; order affects only rounding.
 
-    Until more than `dim` features have come they are kept as they are, which takes less room than the matrix; after
-    that they are added to it by the hundred, since a product of few rows costs as much as one of many.
+    Up to `dim` features are stored as they are, which takes less memory than the matrix. Further ones are added to it
+    in large batches, since a product of few rows costs as much as one of many.
     """
 
     def __init__(self, dim: int) -> None:
@@ -125,43 +127,43 @@ class FrechetStats:
             self._flush()
 
     def merge(self, other: FrechetStats) -> None:
-        """Adds what another process has counted."""
+        """Adds what another process counted."""
         if other._outer is not None:
             self._flush()
             assert self._outer is not None
-            waiting = other._kept()
+            waiting = other._stored()
             self.n += other.n - len(waiting)
             self._sum = self._sum + other._sum - waiting.sum(0)
             self._outer = self._outer + other._outer
         if other._rows:
-            self.update(other._kept())
+            self.update(other._stored())
 
-    def _kept(self) -> np.ndarray:
+    def _stored(self) -> np.ndarray:
         return np.concatenate([np.zeros((0, self.dim)), *self._rows])
 
     def _flush(self) -> None:
-        waiting = self._kept()
+        waiting = self._stored()
         product = waiting.T @ waiting
         self._outer = product if self._outer is None else self._outer + product
         self._rows, self._waiting = [], 0
 
     def compute(self) -> Moments:
-        """Mean and covariance. Raises `SctoolError` for fewer than two features."""
+        """Mean and covariance. Raises `SctoolError` with fewer than two features."""
         if self.n < 2:
-            raise SctoolError(f"a Fréchet distance needs at least 2 pictures on each side; there are {self.n}.")
+            raise SctoolError(f"a Fréchet distance needs at least 2 images on each side; there are {self.n}.")
         mu = self._sum / self.n
         if self._outer is None:
-            centred = self._kept() - mu
+            centred = self._stored() - mu
             return Moments(mu, centred.T @ centred / (self.n - 1), self.n, centred)
         self._flush()
         sigma = (self._outer - self.n * np.outer(mu, mu)) / (self.n - 1)
         return Moments(mu, (sigma + sigma.T) / 2, self.n)
 
 
-class FrechetDistance:
+class FrechetDistance(SetMeter):
     """The Fréchet distance of streamed features to a reference, with its interval; mergeable.
 
-    Moments are kept for each block of pictures, so that a block can be left out without a second pass.
+    Moments are stored per block of images, so that a block can be left out without a second pass.
     """
 
     protocol: ClassVar[dict[str, Any]] = {"interval": JACKKNIFE}
@@ -169,24 +171,29 @@ class FrechetDistance:
     def __init__(self, dim: int) -> None:
         self.blocks = [FrechetStats(dim) for _ in range(BLOCKS)]
 
+    @classmethod
+    def for_extractor(cls, extractor: Extractor) -> Self:
+        """An empty meter for features of the extractor's dimension."""
+        return cls(extractor.dim)
+
     @property
     def n(self) -> int:
-        """Pictures counted."""
+        """Images counted."""
         return sum(block.n for block in self.blocks)
 
     def update(self, features: torch.Tensor | np.ndarray, positions: Sequence[int] | None = None) -> None:
-        """Adds features (B, D) of the pictures at `positions` of the set; the next ones by default."""
-        where = blocks_of(len(features), self.n, positions)
-        for block in np.unique(where):
-            self.blocks[block].update(features[where == block])
+        """Adds features (B, D) of the images at `positions` of the set; the next ones by default."""
+        blocks = blocks_of(len(features), self.n, positions)
+        for block in np.unique(blocks):
+            self.blocks[block].update(features[blocks == block])
 
     def merge(self, other: FrechetDistance) -> None:
-        """Adds what another process has counted."""
-        for mine, theirs in zip(self.blocks, other.blocks, strict=True):
-            mine.merge(theirs)
+        """Adds what another process counted."""
+        for block, addition in zip(self.blocks, other.blocks, strict=True):
+            block.merge(addition)
 
     def moments(self, without: int | None = None) -> Moments:
-        """Moments of all features, or of all but one block. Raises `SctoolError` for fewer than two features."""
+        """Moments of all features, or of all but one block. Raises `SctoolError` with fewer than two features."""
         total = FrechetStats(self.blocks[0].dim)
         for index, block in enumerate(self.blocks):
             if index != without:
@@ -196,25 +203,29 @@ class FrechetDistance:
     def compute(self, real: Moments) -> dict[str, Estimate]:
         """{"fid": distance to `real` with its interval}. Raises `SctoolError` as `frechet_distance` does."""
 
-        def left(block: int) -> float:
+        def without(block: int) -> float:
             return frechet_distance(self.moments(block), real)
 
         value = frechet_distance(self.moments(), real)
-        return {"fid": jackknife(value, [block.n for block in self.blocks], left, low=0)}
+        return {"fid": jackknife(value, [block.n for block in self.blocks], without, low=0)}
+
+    def caveat(self, extractor: Extractor, references: int | None) -> str | None:
+        """The bias of small sets; see `small_sample_note`."""
+        return small_sample_note(extractor.label, min(self.n, references or self.n), extractor.dim)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """The squared Fréchet distance of two Gaussians with these moments (what is called FID with Inception features).
+    """The squared Fréchet distance of two Gaussians with these moments (called FID with Inception features).
 
-    The dear half of the work is kept in `b`, so `b` should be the reference. Raises `SctoolError` when the dimensions
-    differ.
+    The expensive half of the work is cached in `b`, so `b` should be the reference. Raises `SctoolError` when the
+    dimensions differ.
     """
     if len(a.mu) != len(b.mu):
-        raise SctoolError(f"features of {len(a.mu)} and {len(b.mu)} dimensions cannot be compared: other extractors.")
+        raise SctoolError(f"features of {len(a.mu)} and {len(b.mu)} dimensions come from different extractors.")
     both = a.centred is not None and b.centred is not None
     cross = _trace_of_features(a, b) if both else _trace_of_covariances(a.sigma, b.root)
     distance = ((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross
-    return max(float(distance), 0.0)  # rounding may leave -1e-12 for equal sets
+    return max(float(distance), 0.0)  # rounding may give -1e-12 for equal sets
 
 
 def _trace_of_features(a: Moments, b: Moments) -> float:
@@ -233,8 +244,8 @@ def _trace_of_covariances(sigma: np.ndarray, root: torch.Tensor) -> float:
 
 
 def small_sample_note(name: str, n: int, dim: int) -> str | None:
-    """What to say of a distance from `n` pictures; None where they are enough."""
+    """A warning about a distance computed from `n` images; None where they are enough."""
     if n >= ENOUGH:
         return None
     rank = f", fewer than its {dim} dimensions" if n < dim else ""
-    return f"{name} from {n} pictures{rank}: biased upwards; compare it only with figures of the same N."
+    return f"{name} from {n} images{rank}: biased upwards; compare it only with figures of the same N."

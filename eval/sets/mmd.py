@@ -1,5 +1,5 @@
 """Squared maximum mean discrepancy of two feature sets (Gretton et al. 2012, JMLR 13, eqs. 3 and 5) from sums of
-kernel values by block of pictures, so that the figure without any block costs nothing more."""
+kernel values per block of images, so that the figure without a block costs nothing more."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK = 1024  # rows of the kernel matrix at once
 
 @dataclass(frozen=True)
 class KernelSums:
-    """Sums of k(x, x') by pair of blocks (G, G), of k(x, x) and k(x, y) by block (G,), of k(y, y') without diagonal."""
+    """Sums of k(x, x') per pair of blocks (G, G), of k(x, x) and k(x, y) per block (G,), of k(y, y') without y = y'."""
 
     within: np.ndarray
     diagonal: np.ndarray
@@ -27,12 +27,12 @@ class KernelSums:
     m: int
 
     def mmd2(self, unbiased: bool, without: int | None = None) -> float:
-        """The squared discrepancy of all pictures, or of all but one block; may be negative where unbiased."""
-        kept = np.arange(len(self.sizes)) != (-1 if without is None else without)
-        n, m = float(self.sizes[kept].sum()), self.m
-        xx, xy = self.within[np.ix_(kept, kept)].sum(), self.across[kept].sum()
+        """The squared discrepancy of all images, or of all but one block; the unbiased one may be negative."""
+        included = np.arange(len(self.sizes)) != (-1 if without is None else without)
+        n, m = float(self.sizes[included].sum()), self.m
+        xx, xy = self.within[np.ix_(included, included)].sum(), self.across[included].sum()
         if unbiased:
-            own = (xx - self.diagonal[kept].sum()) / (n * (n - 1))
+            own = (xx - self.diagonal[included].sum()) / (n * (n - 1))
             return float(own + self.real / (m * (m - 1)) - 2 * xy / (n * m))
         return float(xx / n**2 + (self.real + self.real_diagonal) / m**2 - 2 * xy / (n * m))
 
@@ -43,7 +43,7 @@ class KernelSums:
 
 
 def kernel_sums(x: np.ndarray, blocks: np.ndarray, y: np.ndarray, kernel: Kernel) -> KernelSums:
-    """Sums over generated features x (N, D) in `blocks` (N,) and real features y (M, D); float64, by chunks of rows."""
+    """Sums over generated features x (N, D) in `blocks` (N,) and real features y (M, D); float64, in chunks of rows."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     member = np.eye(BLOCKS)[blocks]  # (N, G)
     within, across, diagonal = np.zeros((BLOCKS, BLOCKS)), np.zeros(BLOCKS), np.zeros(BLOCKS)

@@ -11,9 +11,9 @@ import pytest
 
 from sctool.cli import run as command
 from sctool.core.errors import SctoolError, UsageError
-from sctool.eval.report.compare import compare, differing, load, markdown, winner
+from sctool.eval.report.compare import compare_runs, differing, markdown, read_evaluation, winner
 from sctool.eval.report.tables import write
-from sctool.eval.results import Column, Figure, Results
+from sctool.eval.results import Figure, FolderResults, Results
 
 PROTOCOL = {"metric": "canny adherence", "n": 4, "prompts_sha256": "aa", "sampling": {"steps": 20}}
 
@@ -27,29 +27,29 @@ def make_run(runs: Path, name: str, *tuned: Figure, base: tuple[Figure, ...] = (
     """A run folder with an evaluation, as `sctool evaluate` leaves it."""
     (runs / name).mkdir(parents=True)
     (runs / name / "config.yaml").write_text("method: scedit\n")
-    columns = [Column("base", Path("b"), 4, list(base))] if base else []
-    return write(Results(name, [*columns, Column("tuned", Path("t"), 4, list(tuned))]), runs / name)[0]
+    folders = [FolderResults("base", Path("b"), 4, list(base))] if base else []
+    return write(Results(name, [*folders, FolderResults("tuned", Path("t"), 4, list(tuned))]), runs / name)[0]
 
 
 def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     file = make_run(tmp_path, "a", f1(0.4), f1(0.5, None, key="f2"), base=(f1(0.1),))
-    read = load(file)
+    read = read_evaluation(file)
     assert (read.label, read.count) == ("a", 4)
     assert read.figures == {"canny.f1": f1(0.4), "canny.f2": f1(0.5, None, key="f2")}
     assert read.base == {"canny.f1": f1(0.1)}
     assert read.figures["canny.f1"].protocol_id == f1(0).protocol_id
-    samples = Results("s", [Column("samples", Path("s"), 4, [f1(0.3)])])
-    assert load(write(samples, tmp_path / "s")[0]).figures["canny.f1"].value == 0.3
+    samples = Results("s", [FolderResults("samples", Path("s"), 4, [f1(0.3)])])
+    assert read_evaluation(write(samples, tmp_path / "s")[0]).figures["canny.f1"].value == 0.3
     old = json.loads(file.read_text())
     del old["folders"]["tuned"]["figures"]["canny.f1"]["interval"]
     file.write_text(json.dumps(old))
-    assert load(file).figures["canny.f1"].interval is None
+    assert read_evaluation(file).figures["canny.f1"].interval is None
 
 
 def test_rows_winner_and_the_base_once(tmp_path: Path) -> None:
     make_run(tmp_path, "a", f1(0.40), f1(0.40, key="f2"), base=(f1(0.1),))
     make_run(tmp_path, "b", f1(0.50), f1(0.41, key="f2"), base=(f1(0.1),))
-    found = compare(["a", "b"], tmp_path)
+    found = compare_runs(["a", "b"], tmp_path)
     first, second = found.rows
     assert (first.best, first.verdict) == (1, "best")
     assert (second.best, second.verdict) == (None, "within intervals")
@@ -65,7 +65,7 @@ def test_rows_winner_and_the_base_once(tmp_path: Path) -> None:
 def test_bases_that_disagree_are_not_shown(tmp_path: Path) -> None:
     make_run(tmp_path, "a", f1(0.4), base=(f1(0.1),))
     make_run(tmp_path, "b", f1(0.5), base=(f1(0.2),))
-    found = compare(["a", "b"], tmp_path)
+    found = compare_runs(["a", "b"], tmp_path)
     assert found.rows[0].base is None
     assert "0.1 (a), 0.2 (b)" in found.notes[0]
     assert "| base |" not in markdown(found)
@@ -94,7 +94,7 @@ def test_other_protocols_never_share_a_row(tmp_path: Path) -> None:
     make_run(tmp_path, "b", f1(0.2), f1(0.2, key="f2"))
     make_run(tmp_path, "c", f1(0.3, protocol=other), f1(0.3, key="f2", protocol=other))
     make_run(tmp_path, "d", f1(0.4, protocol=other))
-    found = compare(["a", "b", "c", "d"], tmp_path)
+    found = compare_runs(["a", "b", "c", "d"], tmp_path)
     values = [[figure and figure.value for figure in row.figures] for row in found.rows]
     assert values == [[0.1, 0.2, None, None], [None, None, 0.3, 0.4], [0.1, 0.2, None, None]]
     assert [row.first.protocol["n"] for row in found.rows] == [4, 8, 4]
@@ -118,7 +118,7 @@ def test_figures_alike_in_what_differs_share_a_line(tmp_path: Path) -> None:
     make_run(tmp_path, "a", f1(0.1), f1(0.1, key="f2"))
     make_run(tmp_path, "b", f1(0.2, protocol=other), f1(0.2, key="f2", protocol=other))
     with pytest.raises(SctoolError, match=r"canny F1; canny F2: n \(4 / 8\) differ between a / b") as caught:
-        compare(["a", "b"], tmp_path)
+        compare_runs(["a", "b"], tmp_path)
     assert caught.value.exit_code == 1
 
 
@@ -142,20 +142,20 @@ def test_messages(tmp_path: Path) -> None:
         (["edges"], runs, "at least two"),
         (["edges", runs / "edges"], runs, "given twice"),
         (["edges", "edgse"], runs, "Did you mean 'edges'"),
-        (["edges", "gone"], tmp_path, "holds no run"),
+        (["edges", "gone"], tmp_path, "contains no runs"),
         (["edges", "bare"], runs, "sctool evaluate .*bare"),
-        (["edges", profile], runs, "no figures of pictures"),
-        (["edges", tmp_path / "text"], runs, "text is no evaluation.json"),
-        (["edges", tmp_path / "list"], runs, "list is no evaluation.json"),
+        (["edges", profile], runs, "no figures of images"),
+        (["edges", tmp_path / "text"], runs, "text is not an evaluation.json"),
+        (["edges", tmp_path / "list"], runs, "list is not an evaluation.json"),
         (["edges", tmp_path / "shape"], runs, "folders.tuned.figures"),
         (["edges", tmp_path / "lost"], runs, "'gone'"),
-        (["edges", tmp_path / "binary"], runs, "binary is no evaluation.json"),
+        (["edges", tmp_path / "binary"], runs, "binary is not an evaluation.json"),
     ]
     for targets, folder, message in cases:
         with pytest.raises(UsageError, match=message):
-            compare(targets, folder)
+            compare_runs(targets, folder)
     with pytest.raises(SctoolError, match="no comparable figure"):
-        compare(["edges", "lora"], runs)
+        compare_runs(["edges", "lora"], runs)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_open_clip_equals_the_direct_product(open_model: Path, pictures: torch.T
     found = score.compute()
     assert found["cos"] == pytest.approx(sum(cos) / 2, abs=1e-6)
     assert found["100"] == pytest.approx(50 * sum(cos), abs=1e-4)
-    assert score.each()["cos"] == pytest.approx(dict(enumerate(cos)), abs=1e-6)
+    assert score.per_image()["cos"] == pytest.approx(dict(enumerate(cos)), abs=1e-6)
     assert found["w2.5"] == pytest.approx(1.25 * sum(max(c, 0) for c in cos), abs=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_which_model_is_taken(
     mini: MiniClip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, open_model: Path
 ) -> None:
     for module in ("features.clip_weights", "features.choosing"):
-        monkeypatch.setattr(f"sctool.eval.{module}.mini_at_hand", lambda: True)
+        monkeypatch.setattr(f"sctool.eval.{module}.mini_installed", lambda: True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: None)
     said: list[str] = []

@@ -15,7 +15,7 @@ from sctool.eval.control.depth import DepthScore
 from sctool.eval.control.pose import SIGMAS, PoseScore, oks
 from sctool.eval.control.segmentation import SegmentationScore
 from sctool.eval.control.soft_edges import SMALLEST, SoftEdgeScore, ms_ssim
-from sctool.eval.intervals import RESAMPLES, PictureFigures
+from sctool.eval.intervals import FEWEST, RESAMPLES, ImageFigures
 
 
 def soft(size: tuple[int, int], seed: int) -> np.ndarray:
@@ -45,7 +45,7 @@ def test_soft_edges_of_equal_and_of_small_maps() -> None:
     found = score.compute()
     assert found["ms_ssim"] == pytest.approx(1)  # of the large one alone
     assert found["ssim"] < 1
-    assert "1 pictures are smaller" in score.notes()[0]
+    assert "1 images are smaller" in score.notes()[0]
     only_small = SoftEdgeScore()
     only_small.update_maps(small, small)
     assert only_small.compute() == {"ssim": pytest.approx(1)}
@@ -190,10 +190,10 @@ def test_oks_and_figures_of_known_persons() -> None:
     found = half.compute()
     assert found["recall"] == pytest.approx(0.5)
     assert found["pck@0.2"] == pytest.approx(0.5)
-    assert half.each()["recall"] == {0: 1, 2: 0}
+    assert half.per_image()["recall"] == {0: 1, 2: 0}
     empty = PoseScore()
     empty.update_maps([person(0)], [])
-    with pytest.raises(SctoolError, match="nobody"):
+    with pytest.raises(SctoolError, match="contain no person"):
         empty.compute()
 
 
@@ -252,7 +252,7 @@ def test_average_precision_equals_cocos() -> None:
 # -------------------------------------------------------------------------------------------------- intervals
 
 
-def filled(kind: type, first: int, last: int) -> PictureFigures:
+def filled(kind: type, first: int, last: int) -> ImageFigures:
     score = kind()
     for index in range(first, last):
         if kind is PoseScore:
@@ -268,16 +268,17 @@ def filled(kind: type, first: int, last: int) -> PictureFigures:
 def test_parts_merged_equal_the_whole_and_intervals_are_the_same_again(kind: type) -> None:
     whole, left = filled(kind, 0, 12), filled(kind, 0, 5)
     left.merge(filled(kind, 5, 12))
+    assert whole.compute().keys() <= kind().figure_info.keys()
     assert left.compute() == pytest.approx(whole.compute())
     assert left.intervals() == whole.intervals() == filled(kind, 0, 12).intervals()
-    assert left.each() == whole.each()
+    assert left.per_image() == whole.per_image()
     assert whole.intervals().keys() == whole.compute().keys() - {"classes"}
     for name, (low, high) in whole.intervals().items():
         assert low < whole.compute()[name] < high
 
 
 def test_a_bootstrap_interval_of_a_mean_is_the_usual_one() -> None:
-    class Mean(PictureFigures):
+    class Mean(ImageFigures):
         medians = {"middle": "mean"}  # noqa: RUF012
 
         def figures(self, sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -295,6 +296,13 @@ def test_a_bootstrap_interval_of_a_mean_is_the_usual_one() -> None:
     # the same draws, by hand
     medians = [np.median(values[random.integers(0, 400, (50, 400))], axis=1) for _ in range(RESAMPLES // 50)]
     assert score.intervals()["middle"] == pytest.approx(np.percentile(np.concatenate(medians), [2.5, 97.5]))
-    single = Mean()
-    single.add((1, 2.0))
-    assert single.intervals() == {}
+
+
+@pytest.mark.parametrize(("count", "there"), [(1, False), (9, False), (10, True)])
+def test_there_is_no_interval_from_fewer_than_ten_images(count: int, there: bool) -> None:
+    score = DepthScore()
+    for index in range(count):
+        score.update_maps(soft((20, 20), index), soft((20, 20), 50 + index))
+    assert FEWEST == 10
+    assert (score.intervals().keys() == score.compute().keys()) is there
+    assert bool(score.intervals()) is there

@@ -94,7 +94,7 @@ def test_statistics_files_are_pytorch_fids(tmp_path: Path) -> None:
 def test_too_few_and_unlike_features_are_refused() -> None:
     with pytest.raises(SctoolError, match="at least 2"):
         stats(features(1, 4, 0), 1).compute()
-    with pytest.raises(SctoolError, match="other extractors"):
+    with pytest.raises(SctoolError, match="different extractors"):
         frechet_distance(stats(features(9, 4, 0)).compute(), stats(features(9, 5, 0)).compute())
     assert "fewer than its 2048" in (small_sample_note("FID", 500, 2048) or "")
     assert small_sample_note("FID", 50_000, 2048) is None

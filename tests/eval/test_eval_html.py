@@ -17,7 +17,7 @@ from PIL import Image
 from sctool.eval.report import html as module
 from sctool.eval.report.histogram import histogram, ticks
 from sctool.eval.report.html import THUMB, extremes, grid, thumbnail, write_html
-from sctool.eval.results import Column, Figure, Picture, Results
+from sctool.eval.results import Figure, FolderResults, ImageResult, Results
 
 VOID = {"meta", "img", "br", "path", "link", "input"}
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)> \ud800'
@@ -54,19 +54,19 @@ def make_results(folder: Path, count: int = 20) -> Results:
     """Base and tuned of `count` pictures of 32 px with hints and references, and three figures, two with values."""
     rng = np.random.default_rng(0)
     protocol = {"metric": "canny adherence", "n": count, "sampling": {"steps": 2, "negative": ""}}
-    columns = []
+    folders = []
     for index, label in enumerate(("base", "tuned")):
         path = folder / label
         (path / "canny").mkdir(parents=True)
-        pictures = []
+        images = []
         for i in range(count):
             name = f"{i}.png"
             for file in (name, f"canny/{name}", f"reference-{name}"):
                 Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(path / file)
             values = {"canny.f1": i / count, "canny.nmse": 2 - i / count + 0.25 * index}
             hints = {"canny": f"canny/{name}"}
-            pictures.append(Picture(name, f"picture {i}", str(i), hints, f"reference-{name}", values))
-        rows = "".join(json.dumps({"file_name": p.file}) + "\n" for p in pictures)
+            images.append(ImageResult(name, f"picture {i}", str(i), hints, f"reference-{name}", values))
+        rows = "".join(json.dumps({"file_name": p.file}) + "\n" for p in images)
         (path / "metadata.jsonl").write_text(rows)
         tuners = [{"method": "scedit", "scale": 1.5}] * index
         sampling = {"base": {"id": "tiny", "hash": "abcdef"}, "tuners": tuners, "steps": 2}
@@ -77,18 +77,18 @@ def make_results(folder: Path, count: int = 20) -> Results:
             Figure("canny.f1", "canny F1", 0.25 + index / 2, "higher", protocol, (0.2 + index / 2, 0.3 + index / 2)),
             Figure("canny.nmse", "canny NMSE", 1.5, "lower", protocol, (1.4, 1.6)),
         ]
-        column = Column(label, path, count, figures, [], pictures)
-        column.extract["canny"] = lambda picture, key: 255 - picture
-        columns.append(column)
-    return Results("runs/edges", columns, notes=["few pictures"])
+        folder_results = FolderResults(label, path, count, figures, [], images)
+        folder_results.extract["canny"] = lambda image, key: 255 - image
+        folders.append(folder_results)
+    return Results("runs/edges", folders, notes=["few images"])
 
 
 def test_everything_in_its_order_and_nothing_from_outside(tmp_path: Path) -> None:
     results = make_results(tmp_path)
-    results.columns[1].faults.append({"file": "7.png", "reason": "is cut off"})
+    results.folders[1].faults.append({"file": "7.png", "reason": "is cut off"})
     page = Page(write_html(results, tmp_path / "out").read_text())
     parts = ["Evaluation of runs/edges", "tiny (abcdef)", "method scedit, scale 1.5", "2001-09-09", "base (N=20)",
-             "canny F1 ↑", "0.25", "[0.2, 0.3]", "0.75", "[0.7, 0.8]", "few pictures", "12 of 20", "hint: canny",
+             "canny F1 ↑", "0.25", "[0.2, 0.3]", "0.75", "[0.7, 0.8]", "few images", "12 of 20", "hint: canny",
              "canny of tuned", "reference", "Best and worst of tuned", "Distributions", "canny adherence",
              "steps 2, negative none", "tuned/7.png"]  # fmt: skip
     body = page.text[page.text.rindex("}") :]  # after the style sheet
@@ -114,7 +114,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     results = make_results(tmp_path)
     first = write_html(results, tmp_path / "a").read_bytes()
     assert write_html(results, tmp_path / "b").read_bytes() == first
-    results.columns[1].pictures[0].prompt = "another"
+    results.folders[1].images[0].prompt = "another"
     assert write_html(results, tmp_path / "b").read_bytes() != first
 
 
@@ -122,15 +122,15 @@ def test_nothing_that_a_file_says_becomes_markup(tmp_path: Path) -> None:
     results = make_results(tmp_path, 4)
     results.target = HOSTILE
     results.notes = [HOSTILE]
-    column = results.columns[1]
-    column.label = HOSTILE
-    column.faults = [{"file": HOSTILE, "reason": HOSTILE}]
-    for picture in column.pictures:
-        picture.prompt = HOSTILE
-    column.pictures[0].file = HOSTILE[:-1]
-    column.pictures[1].hints = {HOSTILE: HOSTILE[:-1]}
-    column.figures[1] = Figure("canny.f1", HOSTILE, 0.5, "higher", {HOSTILE: {HOSTILE: [HOSTILE]}})
-    (column.folder / "sampling.json").write_text(json.dumps({"base": {"id": HOSTILE[:-1]}, "tuners": [HOSTILE[:-1]]}))
+    folder = results.folders[1]
+    folder.label = HOSTILE
+    folder.faults = [{"file": HOSTILE, "reason": HOSTILE}]
+    for image in folder.images:
+        image.prompt = HOSTILE
+    folder.images[0].file = HOSTILE[:-1]
+    folder.images[1].hints = {HOSTILE: HOSTILE[:-1]}
+    folder.figures[1] = Figure("canny.f1", HOSTILE, 0.5, "higher", {HOSTILE: {HOSTILE: [HOSTILE]}})
+    (folder.path / "sampling.json").write_text(json.dumps({"base": {"id": HOSTILE[:-1]}, "tuners": [HOSTILE[:-1]]}))
     text = write_html(results, tmp_path / "out").read_bytes().decode()  # valid UTF-8, surrogate or not
     page = Page(text)
     assert page.text.count("<script>alert(1)</script>") > 20
@@ -141,12 +141,12 @@ def test_nothing_that_a_file_says_becomes_markup(tmp_path: Path) -> None:
 
 def test_pictures_that_cannot_be_read_are_shown_as_missing(tmp_path: Path) -> None:
     results = make_results(tmp_path, 4)
-    main = results.columns[1]
-    (main.folder / "0.png").unlink()
-    (main.folder / "canny" / "1.png").write_bytes(b"no picture")
-    main.pictures[2].reference = "../base/2.png"
-    results.columns[0].pictures = results.columns[0].pictures[:3]
-    cells = [{cell.label: cell.missing for cell in sample.cells} for sample in grid(results.columns)]
+    main = results.folders[1]
+    (main.path / "0.png").unlink()
+    (main.path / "canny" / "1.png").write_bytes(b"no picture")
+    main.images[2].reference = "../base/2.png"
+    results.folders[0].images = results.folders[0].images[:3]
+    cells = [{cell.label: cell.missing for cell in sample.cells} for sample in grid(results.folders)]
     assert "No such file" in cells[0]["tuned"]
     assert "No such file" in cells[0]["canny of tuned"]
     assert cells[0]["base"] == cells[1]["tuned"] == ""
@@ -157,15 +157,15 @@ def test_pictures_that_cannot_be_read_are_shown_as_missing(tmp_path: Path) -> No
 
 
 def test_best_and_worst_follow_the_figures_direction(tmp_path: Path) -> None:
-    main = make_results(tmp_path).columns[1]
-    main.pictures[19].values["canny.f1"] = float("nan")
+    main = make_results(tmp_path).folders[1]
+    main.images[19].values["canny.f1"] = float("nan")
     f1, nmse = extremes(main).values()
     assert [s.file for s in f1["best"]] == [f"{i}.png" for i in range(18, 12, -1)]
     assert [s.file for s in f1["worst"]] == [f"{i}.png" for i in range(6)]
     assert [s.file for s in nmse["best"]] == [f"{i}.png" for i in range(19, 13, -1)]
     assert (f1["best"][0].value, f1["best"][0].prompt) == ("0.9", "picture 18")
     main.figures = [Figure("canny.f1", "share", 0.5, "", {})]
-    main.pictures = main.pictures[:3]
+    main.images = main.images[:3]
     (share,) = extremes(main).values()
     assert {name: [s.file for s in group] for name, group in share.items()} == {
         "lowest": ["0.png"],
@@ -176,8 +176,8 @@ def test_best_and_worst_follow_the_figures_direction(tmp_path: Path) -> None:
 def test_only_the_pictures_that_are_shown_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = make_results(tmp_path, 100)
     read = []
-    original = module.read_picture
-    monkeypatch.setattr(module, "read_picture", lambda folder, name: read.append(name) or original(folder, name))
+    original = module.read_image
+    monkeypatch.setattr(module, "read_image", lambda folder, name: read.append(name) or original(folder, name))
     write_html(results, tmp_path / "out")
     assert len({re.sub(r"\D", "", name) for name in read}) <= 12 + 2 * 12
 
@@ -189,10 +189,10 @@ def test_two_hundred_large_pictures_stay_below_five_megabytes(tmp_path: Path) ->
     keys = [f"canny.{i}" for i in range(6)]
     figures = [Figure(key, key, 0.5, "higher", {}) for key in keys]
     pictures = [
-        Picture("x.png", "p", "", {"canny": "x.png"}, "x.png", dict.fromkeys(keys, i / 200)) for i in range(200)
+        ImageResult("x.png", "p", "", {"canny": "x.png"}, "x.png", dict.fromkeys(keys, i / 200)) for i in range(200)
     ]
-    columns = [Column(label, tmp_path, 200, figures, [], pictures) for label in ("base", "tuned")]
-    assert write_html(Results("x", columns), tmp_path).stat().st_size < 5e6
+    folders = [FolderResults(label, tmp_path, 200, figures, [], pictures) for label in ("base", "tuned")]
+    assert write_html(Results("x", folders), tmp_path).stat().st_size < 5e6
 
 
 def test_costs_alone(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_costs_alone(tmp_path: Path) -> None:
         "protocol": {"device": "cpu", "batch": 2},
     }
     page = Page(write_html(Results("runs/x", [], profile), tmp_path).read_text())
-    assert "training step, s" in page.text
+    assert "training step (s)" in page.text
     assert "Figures" not in page.text
     assert not page.all("img")
 

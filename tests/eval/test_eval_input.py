@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sctool.core.config import SampleConfig, TrainConfig
+from sctool.core.config import TrainConfig
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.runs import Run, open_run
-from sctool.eval import evaluate as module
+from sctool.eval.drawing import why_draw
 from sctool.eval.evaluate import evaluate
-from sctool.eval.features.choosing import named_weights
 from sctool.eval.features.inception import offline_reason
+from sctool.eval.features.names import named_weights
 from sctool.eval.options import Options
-from sctool.eval.results import Column, Figure, Results
+from sctool.eval.results import Figure, FolderResults, Results
 from sctool.eval.sets.frechet import Moments
-from sctool.eval.targets import read_folder
+from sctool.eval.targets import read_folder, run_target
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ GOOD = b'{"file_name": "0.png"}\n'
         (b'{"file_name": "\xff"}', r"metadata\.jsonl line 2 is not UTF-8"),
         (b'{"file_name": 5}', "line 2: file_name is 5; it should be a valid string"),
         (b'{"prompt": "x"}', "line 2 has no file_name"),
-        (b'["0.png"]', "line 2 is no JSON object"),
+        (b'["0.png"]', "line 2 is not a JSON object"),
         (b"{", "line 2 is not valid JSON"),
         (b"[" * 200_000, "line 2 is not valid JSON"),
         (b'{"file_name": "a", "hints": "canny"}', "line 2: hints is 'canny'"),
@@ -60,7 +60,7 @@ GOOD = b'{"file_name": "0.png"}\n'
         (b'{"file_name": "a", "reference": 1}', "line 2: reference is 1"),
         (b'{"file_name": "a", "prompt": 7}', "line 2: prompt is 7"),
         (b'{"file_name": "a", "key": []}', r"line 2: key is \[\]"),
-        (b'{"file_name": "a", "prompt": "\\ud83d"}', "line 2 holds half a character"),
+        (b'{"file_name": "a", "prompt": "\\ud83d"}', "line 2 contains half a character"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path: Path, line: bytes, message: str) -> None:
@@ -70,7 +70,7 @@ def test_a_malformed_row_is_named(tmp_path: Path, line: bytes, message: str) -> 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[]", "is no JSON object"), ('{"base": "mini"}', "base is 'mini'"), ('{"base": {"id": 5}}', r"base\.id is 5")],
+    [("[]", "is not a JSON object"), ('{"base": "mini"}', "base is 'mini'"), ('{"base": {"id": 5}}', r"base\.id is 5")],
 )
 def test_a_malformed_protocol_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=rf"sampling\.json.*{message}"):
@@ -94,9 +94,9 @@ def test_statistics_must_be_a_mean_and_a_covariance(tmp_path: Path) -> None:
         (np.zeros(3), np.full((3, 3), np.inf), "NaN or infinity"),
         (np.zeros(3), np.triu(np.ones((3, 3))), "not symmetric"),
         (np.zeros(3), np.diag([1.0, 1.0, -0.1]), "negative eigenvalues"),
-        (np.zeros(0), np.zeros((0, 0)), "belong not together"),
-        (np.zeros(3), np.array([["a"] * 3] * 3), "no statistics file"),
-        (np.zeros(3), np.array([[None] * 3] * 3, dtype=object), "no statistics file"),
+        (np.zeros(0), np.zeros((0, 0)), "do not fit together"),
+        (np.zeros(3), np.array([["a"] * 3] * 3), "not a statistics file"),
+        (np.zeros(3), np.array([[None] * 3] * 3, dtype=object), "not a statistics file"),
     ):
         np.savez(file, mu=mu, sigma=sigma)
         with pytest.raises(UsageError, match=message) as error:
@@ -104,17 +104,17 @@ def test_statistics_must_be_a_mean_and_a_covariance(tmp_path: Path) -> None:
         assert "pickle" not in str(error.value)
     np.save(tmp_path / "one.npy", good)
     (tmp_path / "one.npy").rename(file)
-    with pytest.raises(UsageError, match="no statistics file"):
+    with pytest.raises(UsageError, match="not a statistics file"):
         Moments.load(file)
     file.write_bytes(b"no zip")
-    with pytest.raises(UsageError, match="no statistics file") as error:
+    with pytest.raises(UsageError, match="not a statistics file") as error:
         Moments.load(file)
     assert "unsafe" not in str(error.value)
 
 
 def test_numbers_that_json_does_not_know_become_null() -> None:
     figure = Figure("fid", "FID", float("nan"), "lower", {"scale": float("inf")}, (0.0, float("inf")))
-    found = Results("x", [Column("base", Path(), 1, [figure])]).to_json()
+    found = Results("x", [FolderResults("base", Path(), 1, [figure])]).to_json()
     text = json.dumps(found, allow_nan=False)
     written = json.loads(text)["folders"]["base"]["figures"]["fid"]
     assert (written["value"], written["interval"]) == (None, None)
@@ -125,7 +125,7 @@ def test_the_protocol_counts_the_references_that_were_measured(tmp_path: Path) -
     (real / "2.png").write_bytes(b"")
     samples = make(tmp_path / "samples", [{"file_name": f"{i}.png"} for i in range(4)])
     results = evaluate(samples, Options(metrics=("fid",), reference=str(real), quiet=True))
-    assert results.columns[0].figures[0].protocol["reference"]["n"] == 4
+    assert results.folders[0].figures[0].protocol["reference"]["n"] == 4
 
 
 def test_flags_that_do_nothing_are_refused(tmp_path: Path) -> None:
@@ -138,6 +138,7 @@ def test_flags_that_do_nothing_are_refused(tmp_path: Path) -> None:
         ({"clip_model": "ViT-B-32", "metrics": ("fid",)}, "--clip-model does nothing here"),
         ({"clip_weights": "openai", "metrics": ("fid",)}, "--clip-weights does nothing here"),
         ({"evaluators": ("canny",), "metrics": ("fid",)}, "--evaluator does nothing here"),
+        ({"evaluators": ("low=5",)}, "--evaluator 'low=5' belongs to no condition"),
         ({"weights": ("clip=nope",), "metrics": ("control",)}, "--weights clip=nope: no such file"),
         ({"weights": ("foo=bar",)}, r"unknown --weights network 'foo'.*clip, dinov2, inception"),
     ]
@@ -165,7 +166,9 @@ def test_an_evaluator_that_was_given_must_work(tmp_path: Path) -> None:
     for metrics in ((), ("control",)):
         with pytest.raises(UsageError, match=re.escape(f"--evaluator seg:model={path}: no such file")):
             evaluate(samples, Options(metrics=metrics, evaluators=(f"seg:model={path}",), quiet=True))
-        with pytest.raises(UsageError, match=r"--evaluator canny does nothing here: of .*, seg is measured"):
+        with pytest.raises(
+            UsageError, match=r"--evaluator canny does nothing here: the conditions measured on .* are seg"
+        ):
             evaluate(samples, Options(metrics=metrics, evaluators=("canny",), quiet=True))
 
 
@@ -215,18 +218,18 @@ def run(tiny_base: Path, edges: Path, tmp_path: Path) -> Run:
 
 
 def test_all_that_is_held_out_is_drawn_once(run: Run, tmp_path: Path) -> None:
-    options = Options(metrics=("nmse",), count=5000, sampling=SampleConfig(steps=1, guidance=1.0), quiet=True)
+    options = Options(metrics=("nmse",), count=5000, steps=1, guidance=1.0, quiet=True)
     first = evaluate(run.path, options)
     listed = run.samples / "tuned" / "metadata.jsonl"
-    drawn, held_out = listed.stat().st_mtime_ns, first.columns[0].count
+    drawn, held_out = listed.stat().st_mtime_ns, first.folders[0].count
     assert held_out < 5000
     again = evaluate(run.path, options)
     assert listed.stat().st_mtime_ns == drawn
     for results in (first, again):
-        assert results.notes.count(f"--count 5000: the run's data hold out only {held_out} pictures.") == 1
-    assert "hold out" not in json.dumps(again.to_json()["protocols"])
+        assert results.notes.count(f"--count 5000: the run's data has only {held_out} held-out images.") == 1
+    assert "held-out" not in json.dumps(again.to_json()["protocols"])
     (run.samples / "heldout.json").unlink()
-    assert "fewer than 5000" in (module._why_draw(module.resolve(run.path), options) or "")
+    assert "fewer than 5000" in (why_draw(run_target(run), options) or "")
     (tmp_path / "data").rename(tmp_path / "moved")
-    with pytest.raises(UsageError, match=r"its data=.*data, which is not there.*--data"):
+    with pytest.raises(UsageError, match=r"its data=.*data, which does not exist.*--data"):
         evaluate(run.path, options)

@@ -16,10 +16,12 @@ from sctool.core.config import Config, TrainConfig
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.runs import Run, open_run
 from sctool.eval import evaluate as module
+from sctool.eval.drawing import why_draw
 from sctool.eval.evaluate import evaluate
 from sctool.eval.options import Options
 from sctool.eval.report.tables import markdown, show, write
-from sctool.eval.results import Column, Figure, Results, compare
+from sctool.eval.results import Figure, FolderResults, Results, check_comparable
+from sctool.eval.targets import find_target
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def _no_models(mean_features: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(kind: str, **_: object) -> object:
         raise SctoolError("no CLIP here.")
 
-    monkeypatch.setattr("sctool.eval.sets.metrics.clip_features", none)
+    monkeypatch.setattr("sctool.eval.sets.extraction.clip_features", none)
     monkeypatch.setattr(module, "choose_clip", none)
 
 
@@ -57,15 +59,16 @@ def test_base_and_tuned_stand_side_by_side(tmp_path: Path, capsys: pytest.Captur
     make_samples(tmp_path / "base", shift=9)
     make_samples(tmp_path / "tuned")
     results = evaluate(tmp_path, Options(quiet=True))
-    assert [column.label for column in results.columns] == ["base", "tuned"]
+    assert [folder.label for folder in results.folders] == ["base", "tuned"]
     assert results.value("tuned", "fd_means") == pytest.approx(0, abs=1e-6)
     assert results.value("tuned", "canny.nmse") == 0
     assert results.value("base", "canny.f1@1px") < results.value("tuned", "canny.f1@1px") == 1
     assert all(all(figures) for _, figures in results.rows())  # every row is comparable
+    assert not any(figure.interval for folder in results.folders for figure in folder.figures)  # six images are too few
     for flag in ("clip", "is", "cmmd"):
-        assert any(f"--{flag} left out" in note for note in results.notes)
+        assert any(f"--{flag} skipped" in note for note in results.notes)
     assert any("biased upwards" in note for note in results.notes)
-    protocol = results.columns[0].figures[0].protocol
+    protocol = results.folders[0].figures[0].protocol
     assert (protocol["seeds"], protocol["n"], protocol["base_hash"]) == ("0-5", 6, "ab")
     written = json.loads(write(results, tmp_path)[0].read_text())
     name = written["folders"]["tuned"]["figures"]["canny.f1"]["protocol"]
@@ -79,18 +82,18 @@ def test_every_figure_has_its_interval_and_every_picture_its_values(tmp_path: Pa
     make_samples(tmp_path / "base", count=24, shift=3)
     make_samples(tmp_path / "tuned", count=24)
     results = evaluate(tmp_path, Options(quiet=True))
-    for column in results.columns:
+    for folder in results.folders:
         keys = {"fd_means", "kid_means", "precision_means", "recall_means", "canny.nmse", "canny.f1", "canny.f1@1px"}
-        assert keys <= {figure.key for figure in column.figures}
-        for figure in column.figures:
+        assert keys <= {figure.key for figure in folder.figures}
+        for figure in folder.figures:
             assert figure.interval is not None
             assert figure.interval[0] <= figure.value <= figure.interval[1]
             assert "interval" in figure.protocol
-        assert [picture.file for picture in column.pictures] == [f"{i}.png" for i in range(24)]
-        first = column.pictures[5]
+        assert [image.file for image in folder.images] == [f"{i}.png" for i in range(24)]
+        first = folder.images[5]
         assert (first.prompt, first.key, first.hints) == ("picture 5", "5", {"canny": "canny/5.png"})
         assert first.values.keys() == {"canny.nmse", "canny.f1", "canny.f1@1px"}
-    tuned = results.columns[1]
+    tuned = results.folders[1]
     real = np.array(Image.open(tmp_path / "tuned" / "reference" / "5.png"))
     hint = np.array(Image.open(tmp_path / "tuned" / "canny" / "5.png"))
     np.testing.assert_array_equal(tuned.extract["canny"](real, "5"), hint)
@@ -139,19 +142,19 @@ def test_class_maps_are_kept_beside_hints_and_judged_by_the_evaluator(
     results = evaluate(tmp_path / "samples", Options(metrics=("iou",), quiet=True))
     assert results.value("samples", "seg.miou") == 1
     assert results.value("samples", "seg.classes") == 4
-    figure = results.columns[0].get("seg.miou")
+    figure = results.folders[0].get("seg.miou")
     assert figure is not None
     assert figure.protocol["annotator"]["model"] == "mask2former"  # not what made the hints
     assert Ids.batches == [4]  # one call a batch
     with pytest.raises(SctoolError, match="--evaluator seg:model=PATH"):
         evaluate(tmp_path / "samples", Options(metrics=("iou",), evaluators=("seg:model=absent",), quiet=True))
-    with pytest.raises(SctoolError, match="no edge hints: its hints are seg"):
+    with pytest.raises(SctoolError, match="no canny or sketch hints: its hints are seg"):
         evaluate(tmp_path / "samples", Options(metrics=("nmse",), quiet=True))
     file = tmp_path / "samples" / "metadata.jsonl"
     file.write_text(
         "".join(json.dumps({**json.loads(row), "maps": {}}) + "\n" for row in file.read_text().splitlines())
     )
-    with pytest.raises(SctoolError, match="keeps no class maps"):
+    with pytest.raises(SctoolError, match="has no class maps"):
         evaluate(tmp_path / "samples", Options(metrics=("control",), quiet=True))
     with pytest.raises(UsageError, match="Did you mean 'seg'"):
         evaluate(tmp_path / "samples", Options(metrics=("control",), evaluators=("segg",), quiet=True))
@@ -163,8 +166,8 @@ def test_a_bad_picture_is_listed_and_left_out_of_both(tmp_path: Path) -> None:
     (tmp_path / "tuned" / "3.png").write_bytes((tmp_path / "tuned" / "3.png").read_bytes()[:60])
     (tmp_path / "tuned" / "canny" / "1.png").unlink()
     results = evaluate(tmp_path, Options(quiet=True))
-    assert [column.count for column in results.columns] == [5, 5]
-    assert [fault["file"] for fault in results.columns[1].faults] == ["3.png", "canny/1.png"]
+    assert [folder.count for folder in results.folders] == [5, 5]
+    assert [fault["file"] for fault in results.folders[1].faults] == ["3.png", "canny/1.png"]
     rows = {first.key: figures for first, figures in results.rows() if first.key == "fd_means"}
     assert all(rows["fd_means"])
     # one hint less on one side: another protocol, so a row of its own
@@ -175,20 +178,20 @@ def test_a_bad_picture_is_listed_and_left_out_of_both(tmp_path: Path) -> None:
 def test_too_few_pictures_for_one_metric_leave_the_others(tmp_path: Path) -> None:
     samples = make_samples(tmp_path / "samples", count=2)
     results = evaluate(samples, Options(quiet=True))
-    keys = {figure.key for figure in results.columns[0].figures}
+    keys = {figure.key for figure in results.folders[0].figures}
     assert {"fd_means", "kid_means", "canny.f1"} < keys
     assert "precision_means" not in keys
-    assert any("--pr left out: precision and recall need more than 3" in note for note in results.notes)
-    with pytest.raises(SctoolError, match="more than 3 pictures"):
+    assert any("--pr skipped: precision and recall need more than 3" in note for note in results.notes)
+    with pytest.raises(SctoolError, match="more than 3 images"):
         evaluate(samples, Options(metrics=("pr",), quiet=True))
 
 
 def test_figures_of_different_protocols_do_not_meet() -> None:
     a, b = (Figure("fid", "FID", 1.0, "lower", {"n": n, "resize": "x"}) for n in (10, 20))
-    assert compare(a, a) == (a, a)
-    with pytest.raises(SctoolError, match="n differ"):
-        compare(a, b)
-    results = Results("x", [Column("base", Path(), 1, [a]), Column("tuned", Path(), 1, [b])])
+    check_comparable(a, a)
+    with pytest.raises(SctoolError, match="differ in n"):
+        check_comparable(a, b)
+    results = Results("x", [FolderResults("base", Path(), 1, [a]), FolderResults("tuned", Path(), 1, [b])])
     assert [[f is not None for f in row] for _, row in results.rows()] == [[True, False], [False, True]]
 
 
@@ -207,7 +210,7 @@ def test_reference_folders_and_statistics(tmp_path: Path) -> None:
     alone = evaluate(bare, Options(reference=str(real), **options))
     assert alone.value("bare", "fd_means") == pytest.approx(folder.value("samples", "fd_means"))
     for metric in ("kid", "pr", "cmmd"):
-        with pytest.raises(SctoolError, match="only their mean and covariance"):
+        with pytest.raises(SctoolError, match="only a mean and a covariance"):
             evaluate(samples, Options(reference=str(stats), metrics=(metric,), quiet=True))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
     for reference, word in ((tmp_path / "wide.npz", "5 dimensions"), (tmp_path / "gone", "no such folder")):
@@ -223,14 +226,14 @@ def test_messages(tmp_path: Path) -> None:
     bare.mkdir()
     (bare / "a.png").write_bytes((samples / "0.png").read_bytes())
     cases = [
-        (None, quiet, "no run in"),
-        ("missing", quiet, "not a run folder"),
-        (tmp_path / "empty", quiet, "holds no pictures"),
+        (None, quiet, "sctool train"),
+        ("missing", quiet, "run folder"),
+        (tmp_path / "empty", quiet, "contains no images"),
         (bare, quiet, "no metadata.jsonl"),
         (samples, Options(metrics=("nmse",), quiet=True), "no hints"),
         (samples, Options(metrics=("clip",), quiet=True), "no CLIP here"),
-        (samples, Options(metrics=("profile",), quiet=True), "is no run folder"),
-        (samples, Options(count=5, quiet=True), "is no run"),
+        (samples, Options(metrics=("profile",), quiet=True), "is not a run folder"),
+        (samples, Options(count=5, quiet=True), "is not a run"),
         (samples, Options(metrics=("is",), quiet=True), "no Inception here"),
         (samples, Options(metrics=("cmmd",), quiet=True), "no CLIP here"),
         (samples, Options(metrics=("iou",), quiet=True), "no hints"),
@@ -267,22 +270,26 @@ def run(tiny_base: Path, edges: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_a_run_is_sampled_first_and_only_once(run: Run) -> None:
-    from sctool.core.config import SampleConfig
-
-    options = Options(metrics=("fid", "nmse"), count=2, sampling=SampleConfig(steps=1, guidance=1.5), quiet=True)
+    options = Options(metrics=("fid", "nmse"), count=2, steps=1, guidance=1.5, quiet=True)
     first = evaluate(None, options, runs=run.path.parent)
-    assert [(column.label, column.count) for column in first.columns] == [("base", 2), ("tuned", 2)]
-    assert first.columns[0].get("canny.nmse").protocol["annotator"]["low"] == 50  # type: ignore[union-attr]
+    assert [(folder.label, folder.count) for folder in first.folders] == [("base", 2), ("tuned", 2)]
+    assert first.folders[0].get("canny.nmse").protocol["annotator"]["low"] == 50  # type: ignore[union-attr]
     assert first.value("base", "canny.nmse") == pytest.approx(first.value("tuned", "canny.nmse"))  # untrained
     drawn = (run.samples / "tuned" / "metadata.jsonl").stat().st_mtime_ns
     again = evaluate(run.path, options)
     assert again.value("tuned", "fd_means") == first.value("tuned", "fd_means")
     assert (run.samples / "tuned" / "metadata.jsonl").stat().st_mtime_ns == drawn
-    found = module.resolve("edges", run.path.parent)
-    assert module._why_draw(found, options) is None
-    assert "other seeds" in (module._why_draw(found, Options(seed=7)) or "")
-    assert "fewer than 3" in (module._why_draw(found, Options(count=3)) or "")
-    assert "another steps" in (module._why_draw(found, Options(sampling=SampleConfig(steps=2))) or "")
+    target = find_target("edges", run.path.parent)
+    assert why_draw(target, options) is None
+    assert why_draw(target, Options(steps=1)) is None  # guidance is the run's
+    assert why_draw(target, Options(guidance=1.5)) == "the samples were not drawn with steps 50"  # the default
+    for other, reason in (
+        (Options(seed=7), "seeds that do not start at 7"),
+        (Options(count=3), "fewer than 3"),
+        (Options(steps=2), "not drawn with steps 2"),
+        (Options(steps=1, guidance=3), "not drawn with guidance 3"),
+    ):
+        assert reason in (why_draw(target, other) or "")
 
 
 def test_profile_counts_and_takes_turns(run: Run, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,8 +309,8 @@ def test_profile_counts_and_takes_turns(run: Run, tiny_base: Path, monkeypatch: 
     assert found["protocol"]["batch"] == 2
     monkeypatch.setattr("sctool.eval.profile.profile", lambda *a, **k: found)
     results = evaluate(run.path, Options(metrics=("profile",), quiet=True))
-    assert results.columns == []
-    assert "sampling step, s" in markdown(results)
+    assert results.folders == []
+    assert "sampling step (s)" in markdown(results)
     turns: list[str] = []
     works = {name: (lambda name=name: turns.append(name) or 1.0) for name in "ab"}
     assert in_turns(works, repeats=4) == {"a": 1.0, "b": 1.0}
@@ -346,4 +353,4 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "evaluation.json" in capsys.readouterr().out
     assert (tmp_path / "out" / "evaluation.json").is_file()
     assert command(["evaluate", str(tmp_path / "none"), "--runs", str(tmp_path)]) == 2
-    assert "not a run folder" in capsys.readouterr().err
+    assert "run folder" in capsys.readouterr().err

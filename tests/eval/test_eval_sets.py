@@ -12,9 +12,10 @@ import torch
 
 from sctool.core.errors import SctoolError, UsageError
 from sctool.eval.intervals import BLOCKS, jackknife
-from sctool.eval.sets import kid, metrics
+from sctool.eval.metrics import SET_METRICS
+from sctool.eval.sets import extraction, kid
 from sctool.eval.sets.cmmd import ClipDiscrepancy
-from sctool.eval.sets.feature_store import KeptFeatures
+from sctool.eval.sets.feature_store import FeatureStore
 from sctool.eval.sets.frechet import FrechetDistance, FrechetStats, frechet_distance
 from sctool.eval.sets.inception_score import InceptionScore
 from sctool.eval.sets.kid import KernelDistance
@@ -53,6 +54,7 @@ def test_parts_merged_equal_the_whole_and_its_interval(name: str) -> None:
     right.update(torch.from_numpy(x[1::2]), list(range(1, 43, 2)))
     left.merge(right)
     assert left.n == whole.n == 43
+    assert list(whole.compute(real)) == list(SET_METRICS[name].figures)
     for key, (value, interval) in whole.compute(real).items():
         merged = left.compute(real)[key]
         assert merged.value == pytest.approx(value, rel=1e-9)
@@ -185,11 +187,11 @@ def test_few_pictures_have_no_interval_and_too_few_no_figure() -> None:
     few.update(features(9))
     assert [estimate.interval for estimate in few.compute(features(9, 1)).values()] == [None, None]
     assert jackknife(1.0, [1, 0], lambda block: 0.0).interval is None
-    for name, message in (("kid", "2 pictures"), ("pr", "more than 3"), ("cmmd", "each side"), ("is", "is none")):
+    for name, message in (("kid", "2 images"), ("pr", "more than 3"), ("cmmd", "each side"), ("is", "are none")):
         with pytest.raises(SctoolError, match=message):
             MAKERS[name]().compute(features(9))
     with pytest.raises(ValueError, match="2 features and 1 positions"):
-        KeptFeatures().update(features(2), [0])
+        FeatureStore().update(features(2), [0])
 
 
 class Plain:
@@ -200,13 +202,13 @@ class Plain:
     def __init__(self, name: str, mark: str = "") -> None:
         self.name, self.mark = name, mark
 
-    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.float().mean((2, 3))
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3))
 
 
 def test_names_say_which_features() -> None:
     def named(metric: str, key: str, extractor: Plain) -> tuple[str, str]:
-        return metrics.name_of(key, metrics.SET_METRICS[metric], extractor)
+        return extraction.full_name(key, SET_METRICS[metric], extractor)
 
     inception, mini, clip = Plain("inception"), Plain("mini", " (mini features)"), Plain("clip", " (CLIP features)")
     assert named("kid", "kid", inception) == ("kid", "KID")
@@ -219,8 +221,9 @@ def test_names_say_which_features() -> None:
 def test_dinov2_and_clip_folders_give_their_tokens(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
-    from sctool.eval.features.choosing import DinoFeatures, choose_features, named_weights
+    from sctool.eval.features.choosing import DinoFeatures, choose_features
     from sctool.eval.features.clip_models import MEAN, STD, prepared
+    from sctool.eval.features.names import named_weights
 
     torch.manual_seed(0)
     net = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28))
@@ -259,7 +262,8 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def test_weights_are_named_or_belong_to_the_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sctool.eval.features.choosing import choose_features, named_weights
+    from sctool.eval.features.choosing import choose_features
+    from sctool.eval.features.names import named_weights
 
     monkeypatch.chdir(tmp_path)
     for name in ("a=b.pth", "x", "y"):
@@ -268,7 +272,7 @@ def test_weights_are_named_or_belong_to_the_features(tmp_path: Path, monkeypatch
     assert named_weights(("x",), "clip") == {"clip": "x"}
     for specs, features, message in (
         (("x", "y"), "auto", "twice"),
-        (("x",), "mini", "does not use"),
+        (("x",), "mini", "takes no weights"),
         ((), "mni", "Did you mean 'mini'"),
     ):
         with pytest.raises(UsageError, match=message):
