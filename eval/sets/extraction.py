@@ -105,6 +105,18 @@ def metrics_by_extractor(
     """
     weights = named_weights(options.weights, options.features)
     rule = {"weights": weights, "base": base, "offline": options.offline, "device": device, "note": note}
+    grouped = []
+    for extractor, names in _extractors(wanted, options, rule, try_or_skip):
+        store = any(SET_METRICS[name].references == "images" for name in names)
+        save = options.save_stats if any(SET_METRICS[name].references == "moments" for name in names) else None
+        grouped.append(ExtractorMetrics(extractor, names, references(extractor, save, store), try_or_skip, note))
+    return grouped
+
+
+def _extractors(
+    wanted: set[str], options: Options, rule: dict[str, Any], try_or_skip: TryOrSkip
+) -> list[tuple[Extractor, list[str]]]:
+    """Each extractor that is needed, loaded by `rule`, and the metrics that read it."""
     follow, classify, embed = (
         [name for name, metric in SET_METRICS.items() if name in wanted and metric.network == network]
         for network in ("features", "inception", "clip")
@@ -125,12 +137,7 @@ def metrics_by_extractor(
         assign(classify, try_or_skip(classify, lambda: _classifier(main, options, rule)))
     if embed and not share_clip:
         assign(embed, try_or_skip(embed, lambda: clip_features("auto", **rule)))
-    grouped = []
-    for extractor, names in groups.values():
-        store = any(SET_METRICS[name].references == "images" for name in names)
-        save = options.save_stats if any(SET_METRICS[name].references == "moments" for name in names) else None
-        grouped.append(ExtractorMetrics(extractor, names, references(extractor, save, store), try_or_skip, note))
-    return grouped
+    return list(groups.values())
 
 
 def _classifier(main: Extractor | None, options: Options, rule: dict[str, Any]) -> InceptionFeatures:
