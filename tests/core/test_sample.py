@@ -103,7 +103,7 @@ def test_a_photograph_becomes_a_hint(tuners: dict[str, Path], tmp_path: Path) ->
         (["--hint=canny"], "NAME=FILE"),
         (["--hint=canny=nowhere.png"], "no such file"),
         (["--hint=cany={map}"], "Did you mean 'canny'?"),
-        (["--hint=canny={text}"], "no picture"),
+        (["--hint=canny={text}"], "not an image"),
         (["--size=30"], "divisible by 8"),
         (["--no-tuner"], "exclude"),
         (["--scheduler=dpm"], "scheduler"),
