@@ -1,12 +1,12 @@
 """What a training step costs: SC-Tuner and CSC-Tuner against full fine-tuning, LoRA (peft) and ControlNet (diffusers).
 
-All on one SD 1.5 U-Net with random weights, paired in one run. FLOPs and bytes saved for backward are exact, counted on
-fake tensors at 512 px; time is process CPU time of forward and backward on one thread, without the optimizer, by
-default with frozen weights and activations in bfloat16, as the trainer runs on a GPU.
+All use one SD 1.5 U-Net with random weights and are paired in one run. FLOPs and saved activations are exact, counted
+on fake tensors at 512 px. Time is process CPU time of forward and backward on one thread, without the optimizer; by
+default frozen weights and activations are bfloat16, as in training on a GPU.
 
     python benchmarks/training.py --out docs/benchmarks-training.md
     python benchmarks/training.py --precision fp32 --side 32
-    python benchmarks/training.py --no-time            # FLOPs and bytes only: a minute, little memory
+    python benchmarks/training.py --no-time            # FLOPs and memory only: a minute, needs little memory
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -46,7 +48,7 @@ Step = Callable[[Inputs], Tensor]  # -> prediction (B, 4, h, w)
 
 
 class Method(nn.Module):
-    """One way to train: its modules, and the prediction that a loss is taken of."""
+    """One way to train: its modules, and the prediction that enters the loss."""
 
     def __init__(self, net: nn.Module, predict: Step, *extra: nn.Module) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ class Method(nn.Module):
         (self.predict(inputs) - inputs["latents"]).square().mean().backward()
 
     def trainable(self) -> int:
-        """Parameters that get gradients."""
+        """The number of parameters that receive gradients."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
@@ -72,7 +74,7 @@ def full(net: UNet2DConditionModel) -> Method:
 
 
 def lora(targets: str) -> Callable[[UNet2DConditionModel], Method]:
-    """Peft's LoRA of rank 64 on the layers whose names match, its weights in the U-Net's dtype: its fastest form."""
+    """peft's LoRA of rank 64 on the layers whose names match, with weights in the U-Net's dtype: its fastest form."""
 
     def build(net: UNet2DConditionModel) -> Method:
         net.requires_grad_(False).add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=targets))
@@ -82,7 +84,7 @@ def lora(targets: str) -> Callable[[UNet2DConditionModel], Method]:
 
 
 def scedit(*conditions: str, fold: bool = True, **settings: object) -> Callable[[UNet2DConditionModel], Method]:
-    """SC-Tuner, or CSC-Tuner with conditions, on a U-Net whose upsampling is folded as the trainer does it."""
+    """SC-Tuner, or CSC-Tuner with conditions, on a U-Net with folded upsampling, as in the trainer."""
 
     def build(net: UNet2DConditionModel) -> Method:
         tuner = SCEdit.build(SCEditConfig(**settings), net, conditions)
@@ -101,7 +103,7 @@ def scedit(*conditions: str, fold: bool = True, **settings: object) -> Callable[
 
 
 def controlnet(net: UNet2DConditionModel) -> Method:
-    """Diffusers' ControlNet on a frozen U-Net, in the U-Net's dtype."""
+    """diffusers' ControlNet on a frozen U-Net, in the U-Net's dtype."""
     control = ControlNetModel.from_unet(net.requires_grad_(False)).to(net.dtype).requires_grad_(True)
 
     def predict(i: Inputs) -> Tensor:
@@ -134,7 +136,7 @@ TUNER, FULL, LORA = "SC-Tuner", "full", "LoRA r64 attention+FF"
 
 
 def example(side: int, batch: int, width: int, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Random inputs for latents (batch, 4, side, side) and their hint of eight times the side."""
+    """Random latents (batch, 4, side, side), timesteps, text embeddings, and a hint at eight times the side."""
     return {
         "latents": torch.randn(batch, 4, side, side, dtype=dtype),
         "t": torch.randint(0, 1000, (batch,)),
@@ -149,15 +151,15 @@ def example(side: int, batch: int, width: int, dtype: torch.dtype = torch.float3
 def counted(
     base: Architecture, build: Callable[[UNet2DConditionModel], Method], side: int, memory: bool = True
 ) -> dict[str, float]:
-    """Trainable parameters, GFLOP of a step (batch 1), MB saved for backward per sample (batch 2 minus 1)
+    """Trainable parameters, GFLOP per step (batch 1), saved activations per sample in MB (batch 2 minus batch 1).
 
-    `memory` off leaves the last out. On fake tensors (shapes without storage), float32, eager; weights are not
-    counted as saved.
+    `memory=False` skips the last. Counted on fake tensors (shapes without storage), float32, eager; weights do not
+    count as saved activations.
     """
     with torch.device("meta"):
         method = build(base.denoiser())
     with FakeTensorMode():
-        for module in method.modules():  # meta weights would take attention's slow path, fake CPU ones the real one
+        for module in method.modules():  # meta weights would select attention's slow path; fake CPU weights do not
             for name, p in module._parameters.items():
                 if p is not None:
                     module._parameters[name] = nn.Parameter(torch.empty(p.shape), p.requires_grad)
@@ -178,9 +180,9 @@ def counted(
 
 
 def timed(base: Architecture, names: list[str], side: int, repeats: int, dtype: torch.dtype) -> dict[str, list[float]]:
-    """CPU seconds of each method's step in every repeat; the methods take turns, so that load falls on all alike.
+    """CPU seconds per step of each method in every repeat; methods alternate, so that load affects them equally.
 
-    All share the storage of one set of frozen weights. A first, unmeasured round warms up.
+    All share the storage of one set of frozen weights. The first round is a warm-up and is not measured.
     """
     torch.manual_seed(0)
     source = base.denoiser("cpu").to(dtype).state_dict()
@@ -204,18 +206,27 @@ def timed(base: Architecture, names: list[str], side: int, repeats: int, dtype: 
 
 
 def paired(seconds: dict[str, list[float]], name: str, reference: str) -> float:
-    """The median over repeats of one method's time over another's in the same repeat."""
+    """The median over repeats of the ratio of two methods' times in the same repeat."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- report
 
 
-def report(figures: dict[str, dict[str, float]], seconds: dict[str, list[float]], protocol: str) -> str:
-    """The figures as a Markdown page."""
-    head = ["method", "trainable", "GFLOP per step", "vs full", "saved MB per sample", "vs full"]
+LORA_NOTE = """
+LoRA is measured in its fastest form; it could use a folded decoder too. The [log](log.md) shows how the last ratio
+depends on LoRA's precision.
+"""
+
+
+def report(
+    figures: dict[str, dict[str, float]], seconds: dict[str, list[float]], protocol: str, arguments: list[str]
+) -> str:
+    """The figures as a Markdown page, with the command line `arguments` that produced them."""
+    head = ["method", "trainable", "GFLOP per step", "vs full", "saved activations per sample (MB)", "vs full"]
     head += ["CPU s per step", "vs full", "vs LoRA attention+FF"] if seconds else []
-    lines = ["# What a training step costs", "", protocol, ""]
+    lines = ["# What a training step costs", "", f"    python benchmarks/training.py {shlex.join(arguments)}", ""]
+    lines += [protocol, ""]
     lines += ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name, row in figures.items():
         cells = [name, f"{row['trainable']:,.0f}"]
@@ -226,37 +237,55 @@ def report(figures: dict[str, dict[str, float]], seconds: dict[str, list[float]]
             cells += [f"{paired(seconds, name, reference):.3f}" for reference in (FULL, LORA)]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"* {line}" for line in verdicts(figures, seconds))]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + (LORA_NOTE if seconds else "")
 
 
 def verdicts(figures: dict[str, dict[str, float]], seconds: dict[str, list[float]]) -> list[str]:
-    """One line a limit: what was measured, and whether it holds."""
-    found = {"FLOPs SC / full": figures[TUNER]["gflop"] / figures[FULL]["gflop"]}
+    """One line per limit: the measured ratio, and whether the limit is met."""
+    ratios = {"FLOPs SC / full": figures[TUNER]["gflop"] / figures[FULL]["gflop"]}
     if seconds:
-        found["CPU time SC / LoRA attention+FF"] = paired(seconds, TUNER, LORA)
+        ratios["CPU time SC / LoRA attention+FF"] = paired(seconds, TUNER, LORA)
     return [
         f"{name}: {value:.3f}, limit {LIMITS[name]}: {'met' if value <= LIMITS[name] else 'MISSED'}"
-        for name, value in found.items()
+        for name, value in ratios.items()
     ]
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's model name, or its architecture where the system does not name it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
+def measured_how(tiny: bool, precision: str, side: int, repeats: int) -> str:
+    """The protocol in words; `precision` is "" when no time was measured."""
+    text = (
+        f"SD 1.5 U-Net{' (TINY: figures mean nothing)' if tiny else ''}, random weights, eager. FLOPs and saved "
+        "activations: float32, 64x64 latents (512 px), batch 1, counted on fake tensors (2 FLOPs per multiply-add; "
+        "convolutions, linear layers and attention). The backward pass is the one that autograd runs: no gradients are "
+        "computed for frozen weights."
+    )
+    if precision:
+        text += (
+            f" Time: {precision}, {side}x{side} latents, batch 1, process CPU time of forward and backward, one thread "
+            f"of {processor()}, methods alternating, median of {repeats} paired ratios. All weights have that "
+            "precision, except SCEdit's own, which stay in float32 and are cast."
+        )
+    text += " SCEdit runs on a decoder with folded upsampling, as in `sctool train`; one row is without folding."
+    return f"{text} torch {torch.__version__}."
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark; gives 1 when a limit is missed."""
+    """Runs the benchmark; returns 1 when a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the page")
-    parser.add_argument("--no-time", action="store_true", help="FLOPs and bytes only")
-    parser.add_argument("--repeats", type=int, default=5, help="paired repeats")
-    parser.add_argument("--side", type=int, default=64, help="latent side for the timed part (64 is 512 px)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the timed part")
-    parser.add_argument("--tiny", action="store_true", help="a tiny U-Net, to try the benchmark itself")
+    parser.add_argument("--no-time", action="store_true", help="FLOPs and memory only")
+    parser.add_argument("--repeats", type=int, default=5, help="number of paired repeats")
+    parser.add_argument("--side", type=int, default=64, help="latent side for the timing (64 is 512 px)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="precision for the timing")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny U-Net, to test the benchmark itself")
     given = parser.parse_args(arguments)
 
     diffusers_logging.set_verbosity_error()
@@ -267,21 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = (
         {} if given.no_time else timed(base, list(METHODS), given.side, given.repeats, torch_dtype(given.precision))
     )
-    protocol = (
-        f"SD 1.5 U-Net{' (TINY: figures mean nothing)' if given.tiny else ''}, random weights, eager. FLOPs "
-        "and bytes: float32, 64x64 latents (512 px), batch 1, counted on fake tensors (2 FLOPs a multiply-add; "
-        "convolutions, linear layers and attention). Backward as autograd really runs it: frozen weights get no "
-        "gradients."
-    )
-    if seconds:
-        protocol += (
-            f" Time: {given.precision}, {given.side}x{given.side} latents, batch 1, process CPU time of forward and "
-            f"backward, one thread of {processor()}, methods in turn, median of {given.repeats} paired ratios. All "
-            "weights in that precision, but for SCEdit, which keeps its own in float32 and casts them."
-        )
-    protocol += " SCEdit runs on a decoder whose upsampling is folded, as `sctool train` does it; one row is without."
-    protocol += f" torch {torch.__version__}."
-    page = report(figures, seconds, protocol)
+    protocol = measured_how(given.tiny, "" if given.no_time else given.precision, given.side, given.repeats)
+    page = report(figures, seconds, protocol, sys.argv[1:] if arguments is None else arguments)
     print(
         json.dumps({"figures": figures, "seconds": seconds, "verdicts": verdicts(figures, seconds)})
         if given.json

@@ -1,7 +1,7 @@
-"""Puts mini together as a Stable Diffusion folder, from the parts that the other scripts trained.
+"""Assembles mini as a Stable Diffusion folder from the parts that the other scripts trained.
 
-python recipes/mini/assemble.py init                    # fresh U-Net: the base that `sctool train` starts from
-python recipes/mini/assemble.py final --run runs/NAME   # trained U-Net, all as fp16, to core/assets/mini
+python recipes/mini/assemble.py init                    # random U-Net: the base that `sctool train` starts from
+python recipes/mini/assemble.py final --run runs/NAME   # trained U-Net, all in fp16, to core/assets/mini
 python recipes/mini/assemble.py card --run runs/NAME    # model card and figures, after quality.py
 """
 
@@ -25,7 +25,7 @@ LIMIT = 32 * 2**20  # bytes
 
 
 def unet() -> UNet2DConditionModel:
-    """An untrained U-Net with SD 1.5's blocks, hence its 12 skips, at a thousandth of its compute."""
+    """An untrained U-Net with SD 1.5's blocks, so also 12 skips, at a thousandth of its compute."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=6,
@@ -34,14 +34,14 @@ def unet() -> UNet2DConditionModel:
         layers_per_block=2,
         norm_num_groups=16,
         cross_attention_dim=128,
-        attention_head_dim=4,  # the number of heads, in spite of its name, as in SD 1.5's own config
+        attention_head_dim=4,  # despite its name the number of heads, as in SD 1.5's config
     )
 
 
 def scheduler() -> DDIMScheduler:
     """SD 1.5's noise schedule with v-prediction (Salimans & Ho 2022, arXiv 2202.00512, section 4).
 
-    "trailing" spacing starts at the last timestep, which the network then sees as nearly pure noise
+    "trailing" spacing starts at the last timestep, where the network's input is nearly pure noise
     (Lin et al. 2023, arXiv 2305.08891, section 3.3).
     """
     return DDIMScheduler(
@@ -58,22 +58,22 @@ def scheduler() -> DDIMScheduler:
 
 
 def trained_weights(run: Path) -> dict[str, torch.Tensor]:
-    """The U-Net state dict of a run of method `full`: its tuner file, or the average of its newest resume state."""
+    """The U-Net state dict of a run of method `full`: its tuner file, or the averaged weights of its newest state."""
     states = sorted(run.glob("state/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     candidates = [run / "tuner" / "tuner.safetensors"]
     candidates += [state / name for state in reversed(states) for name in ("ema.safetensors", "weights.safetensors")]
-    found = next((path for path in candidates if path.exists()), None)
-    if found is None:
-        raise SystemExit(f"{run} holds neither tuner/tuner.safetensors nor a resume state.")
-    print(f"denoiser from {found}")
-    weights = load_file(found)
-    # A resume state names weights as the training module does, so a prefix may stand before the U-Net's own keys.
+    path = next((path for path in candidates if path.exists()), None)
+    if path is None:
+        raise SystemExit(f"{run} contains neither tuner/tuner.safetensors nor a resume state.")
+    print(f"denoiser from {path}")
+    weights = load_file(path)
+    # A resume state has the training module's keys, so the U-Net's own keys may have a prefix.
     prefix = next(key for key in weights if key.endswith("conv_in.weight")).removesuffix("conv_in.weight")
     return {key.removeprefix(prefix): value for key, value in weights.items()}
 
 
 def pipeline(parts: Path, denoiser: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """The pipeline of `denoiser` and the trained parts in `parts`."""
+    """The pipeline with `denoiser` and the trained parts in `parts`."""
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(parts / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(parts / "text_encoder"),
@@ -87,16 +87,16 @@ def pipeline(parts: Path, denoiser: UNet2DConditionModel) -> StableDiffusionPipe
 
 
 def init(parts: Path) -> None:
-    """Writes parts/base: fp32, with a fresh U-Net of seed 0."""
+    """Writes parts/base in fp32, with a random U-Net from seed 0."""
     torch.manual_seed(0)
     denoiser = unet()
     shutil.rmtree(parts / "base", ignore_errors=True)
     pipeline(parts, denoiser).save_pretrained(parts / "base")
-    print(f"{parts / 'base'}: U-Net of {sum(p.numel() for p in denoiser.parameters()):,} parameters")
+    print(f"{parts / 'base'}: U-Net with {sum(p.numel() for p in denoiser.parameters()):,} parameters")
 
 
 def final(parts: Path, run: Path, out: Path) -> None:
-    """Writes the trained base and the CLIP as fp16 to `out`. Exits with a message when they exceed the limit."""
+    """Writes the trained base and the CLIP to `out` in fp16. Exits with a message if they exceed the size limit."""
     denoiser = unet()
     denoiser.load_state_dict(trained_weights(run))
     shutil.rmtree(out, ignore_errors=True)
@@ -106,11 +106,11 @@ def final(parts: Path, run: Path, out: Path) -> None:
     size = folder_bytes(out)
     print(f"{out}: {size / 2**20:.1f} MiB")
     if size > LIMIT:
-        raise SystemExit(f"{out} holds {size:,} bytes, more than {LIMIT:,}.")
+        raise SystemExit(f"{out} has {size:,} bytes, more than {LIMIT:,}.")
 
 
 def folder_bytes(folder: Path) -> int:
-    """The bytes of all files below `folder`."""
+    """The total size in bytes of all files below `folder`."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -118,7 +118,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def figures(parts: Path, run: Path, out: Path) -> dict[str, Any]:
-    """Every number of the card, from the files that the scripts wrote."""
+    """All numbers of the model card, from the files that the scripts wrote."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     environment = json.loads((run / "env.json").read_text()) if (run / "env.json").exists() else {}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line]
@@ -140,7 +140,7 @@ def figures(parts: Path, run: Path, out: Path) -> dict[str, Any]:
 
 
 def card(parts: Path, run: Path, out: Path, device: str) -> None:
-    """Writes figures.json, sheet.png and README.md beside the weights in `out`."""
+    """Writes figures.json, sheet.png and README.md next to the weights in `out`."""
     shutil.copy(parts / "sheet.png", out / "sheet.png")
     values = figures(parts, run, out)
     (out / "figures.json").write_text(json.dumps(values, indent=1) + "\n")
@@ -179,10 +179,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=("init", "final", "card"))
     parser.add_argument("--parts", default="work/mini", type=Path, help="folder of vae, clip, tokenizer, text_encoder")
-    parser.add_argument("--run", type=Path, help="run folder of the U-Net's training (final, card)")
-    parser.add_argument("--out", default=ASSETS, type=Path, help="where final and card write")
+    parser.add_argument("--run", type=Path, help="run folder of the U-Net (for final and card)")
+    parser.add_argument("--out", default=ASSETS, type=Path, help="output folder of final and card")
     device = "one core of a shared server (first part Intel Xeon at 2.5 GHz, second AMD EPYC)"
-    parser.add_argument("--device", default=device, help="for the card")
+    parser.add_argument("--device", default=device, help="hardware named in the card")
     args = parser.parse_args()
     if args.stage != "init" and args.run is None:
         parser.error(f"{args.stage} needs --run")

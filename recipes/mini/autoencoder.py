@@ -2,9 +2,9 @@
 
     python recipes/mini/autoencoder.py DATA --out work/mini [--steps 3000]
 
-L1 reconstruction and a small KL term; Rombach et al. 2022 (arXiv 2112.10752, section 3.1) without the
-adversarial part, which a network of this size does not need. The latent scale of section G there
-(unit variance) is measured on the training set and stored as `scaling_factor`.
+L1 reconstruction loss and a small KL term, as in Rombach et al. 2022 (arXiv 2112.10752, section 3.1) but without
+the adversarial loss, which a network of this size does not need. The scaling factor of its section G (unit
+variance) is measured on the training set and stored as `scaling_factor`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from common import load_photos, square
 from diffusers import AutoencoderKL
 
 SIZE = 64
-CHANNELS = (16, 32, 64)  # two halvings: 64 px to 16 latent pixels
+CHANNELS = (16, 32, 64)  # two downsamplings: 64 px to 16 latent pixels
 LATENT_CHANNELS = 6
 KL_WEIGHT = 1e-6
 
 
 def build() -> AutoencoderKL:
-    """The untrained autoencoder: 4x downsampling, 6 latent channels, no attention."""
+    """The untrained autoencoder: downsampling factor 4, 6 latent channels, no attention."""
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * len(CHANNELS),
         up_block_types=["UpDecoderBlock2D"] * len(CHANNELS),
@@ -42,7 +42,7 @@ def build() -> AutoencoderKL:
 
 
 def augment(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random scale (shorter side 64 to 128 px), a random 64 px crop, a random mirror image."""
+    """Random scale (shorter side 64 to 128 px), random 64 px crop, random horizontal flip."""
     scale = rng.uniform(SIZE, 128) / min(photo.shape[:2])
     height, width = (max(SIZE, round(side * scale)) for side in photo.shape[:2])
     photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_AREA)
@@ -59,7 +59,7 @@ def to_tensor(crops: list[np.ndarray]) -> torch.Tensor:
 
 @torch.no_grad()
 def psnr(model: AutoencoderKL, crops: list[np.ndarray]) -> float:
-    """Mean over pictures of 10 log10(255^2 / MSE), in dB, from latent means."""
+    """Mean over images of the PSNR, 10 log10(255^2 / MSE) in dB, with latent means."""
     values = []
     for start in range(0, len(crops), 64):
         x = to_tensor(crops[start : start + 64])
@@ -105,7 +105,7 @@ def main() -> None:
 
 @torch.no_grad()
 def save(model: AutoencoderKL, out: Path, train: list[np.ndarray], history: list[dict]) -> None:
-    """Measures the latent scale on training photographs and writes the model and its figures."""
+    """Measures the latents' scaling factor on training photographs and writes the model and its figures."""
     crops = [square(photo, SIZE) for photo in train[:512]]
     latents = torch.cat([model.encode(to_tensor(crops[i : i + 64])).latent_dist.mode() for i in range(0, 512, 64)])
     model.register_to_config(scaling_factor=1 / latents.std().item())

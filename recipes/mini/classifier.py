@@ -1,8 +1,8 @@
-"""Trains the classifier that judges mini's samples: a small ResNet on real training photographs at 64 px.
+"""Trains the classifier that measures mini's samples: a small ResNet on real training photographs at 64 px.
 
     python recipes/mini/classifier.py DATA --out work/mini [--epochs 26]
 
-It never sees a sample. Its accuracy on real test photographs is the ceiling of what it can say about samples.
+It never sees a sample. Its accuracy on real test photographs is reported beside its accuracy on samples.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Sequential):
-    """64 px RGB in -1..1 (B, 3, 64, 64) to logits over `CLASSES` (B, 10)."""
+    """RGB images in -1..1 (B, 3, 64, 64) to logits over `CLASSES` (B, 10)."""
 
     def __init__(self) -> None:
         stem = [nn.Conv2d(3, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
@@ -58,19 +58,19 @@ def to_tensor(crops: list[np.ndarray]) -> torch.Tensor:
 
 
 def augment(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A crop of 70 to 100 % of the centre square's side near the centre, a mirror image, light, an erased box."""
-    picture = random_square(photo, SIZE, 0.7, rng)
+    """A crop of 70 to 100 % of the shorter side near the centre, a flip, brightness and contrast, an erased box."""
+    image = random_square(photo, SIZE, 0.7, rng)
     gain, lift = rng.uniform(0.8, 1.2), rng.uniform(-20, 20)
-    picture = np.clip(picture.astype(np.float32) * gain + lift, 0, 255).astype(np.uint8)
+    image = np.clip(image.astype(np.float32) * gain + lift, 0, 255).astype(np.uint8)
     if rng.random() < 0.25:
         y, x, h, w = *rng.integers(0, 52, size=2), *rng.integers(8, 24, size=2)
-        picture[y : y + h, x : x + w] = rng.integers(0, 256, size=3)
-    return picture
+        image[y : y + h, x : x + w] = rng.integers(0, 256, size=3)
+    return image
 
 
 @torch.no_grad()
 def classify(model: Classifier, crops: list[np.ndarray]) -> list[str]:
-    """The class of each uint8 (64, 64, 3) picture, from the mean of it and its mirror image."""
+    """The class of each uint8 image (64, 64, 3), from the summed logits of the image and its mirror image."""
     model.eval()
     names = []
     for start in range(0, len(crops), 64):
@@ -80,7 +80,7 @@ def classify(model: Classifier, crops: list[np.ndarray]) -> list[str]:
 
 
 def accuracy(model: Classifier, crops: list[np.ndarray], labels: list[str]) -> float:
-    """Share of pictures given their label."""
+    """Share of images whose predicted class is their label."""
     return float(np.mean([a == b for a, b in zip(classify(model, crops), labels, strict=True)]))
 
 

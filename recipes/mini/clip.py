@@ -2,12 +2,12 @@
 
     python recipes/mini/clip.py DATA --out work/mini [--steps 1500]
 
-The text tower first learns alone to tell captions apart and is then frozen; the vision tower learns against it by
-Radford et al. 2021 (arXiv 2103.00020, figure 3) with one change: captions repeat within a batch, so that every
-picture with the same caption is a positive (targets are uniform over equal captions). Half of the patches are
-left out during training except in its last part (Li et al. 2022, arXiv 2212.00794), which halves the time.
-Writes `tokenizer`, `clip` (both towers), `text_encoder` (the text tower alone, as Stable Diffusion uses it) and
-`clip.json`.
+The text tower is trained alone first, to predict a caption's class and colour, and then frozen. The vision tower
+is trained against it with the loss of Radford et al. 2021 (arXiv 2103.00020, figure 3) with one change: captions
+repeat within a batch, so every image with the same caption is a positive (targets are uniform over equal captions).
+Half of the patches are dropped except in the last part of training (Li et al. 2022, arXiv 2212.00794), which halves
+the time. Writes `tokenizer`, `clip` (both towers), `text_encoder` (the text tower alone, as Stable Diffusion uses it)
+and `clip.json`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 SIZE = 64
 WIDTH = 128
 POSITIONS = 32
-MEAN = (0.4815, 0.4578, 0.4082)  # CLIP's own pixel statistics, kept for compatibility with its processor
+MEAN = (0.4815, 0.4578, 0.4082)  # CLIP's own pixel statistics, for compatibility with its processor
 STD = (0.2686, 0.2613, 0.2758)
 
 
@@ -36,8 +36,8 @@ STD = (0.2686, 0.2613, 0.2758)
 
 
 def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """Byte-level BPE with CLIP's layout: 256 bytes, 256 word-final bytes, merges, two special tokens."""
-    # The splitting of words comes from CLIPTokenizer itself, so that training and use agree.
+    """Byte-level BPE with CLIP's vocabulary layout: 256 bytes, 256 word-final bytes, merges, two special tokens."""
+    # Words are split by CLIPTokenizer itself, so that training and use agree.
     empty = CLIPTokenizer().backend_tokenizer
     trainee = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trainee.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -74,14 +74,14 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
     )
     vision = tower | {"num_hidden_layers": 5, "image_size": SIZE, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
-    # CLIP's own start gives a position a tenth of a patch's amplitude, and shapes are then learnt very late.
+    # CLIP's own initialisation gives positions a tenth of a patch's amplitude; shapes are then learnt very late.
     with torch.no_grad():
         model.vision_model.embeddings.position_embedding.weight[1:] = sincos(SIZE // 8, WIDTH) / 2
     return model
 
 
 def sincos(side: int, width: int) -> torch.Tensor:
-    """Sines and cosines of both coordinates (side^2, width), as in Beyer et al. 2022 (arXiv 2205.01580, section 2)."""
+    """Sine-cosine position embeddings (side^2, width), as in Beyer et al. 2022 (arXiv 2205.01580, section 2)."""
     omega = 100.0 ** -torch.linspace(0, 1, width // 4)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = [coordinate.flatten()[:, None] * omega for coordinate in (x, y)]
@@ -95,20 +95,20 @@ def to_tensor(crops: list[np.ndarray]) -> torch.Tensor:
 
 
 def augment(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Random crop of 60 to 100 % of the centre square's side, mirror, brightness and contrast; never hue."""
-    picture = random_square(photo, SIZE, 0.6, rng)
+    """Random crop of 60 to 100 % of the shorter side, flip, brightness and contrast; never hue."""
+    image = random_square(photo, SIZE, 0.6, rng)
     gain, lift = rng.uniform(0.9, 1.1), rng.uniform(-12, 12)
-    return np.clip(picture.astype(np.float32) * gain + lift, 0, 255).astype(np.uint8)
+    return np.clip(image.astype(np.float32) * gain + lift, 0, 255).astype(np.uint8)
 
 
 def embed_text(model: CLIPModel, ids: torch.Tensor) -> torch.Tensor:
-    """Unit text features (B, 128) of token ids (B, L)."""
+    """Normalised text features (B, 128) of token ids (B, L)."""
     pooled = model.text_model(input_ids=ids).pooler_output
     return F.normalize(model.text_projection(pooled), dim=-1)
 
 
 def embed_images(model: CLIPModel, pixels: torch.Tensor, keep: float = 1.0) -> torch.Tensor:
-    """Unit picture features (B, 128) of normalised pixels (B, 3, 64, 64), from a random share `keep` of the patches."""
+    """Normalised image features (B, 128) of pixels (B, 3, 64, 64), from a random share `keep` of the patches."""
     tower = model.vision_model
     tokens = tower.embeddings(pixels)
     if keep < 1:
@@ -121,10 +121,10 @@ def embed_images(model: CLIPModel, pixels: torch.Tensor, keep: float = 1.0) -> t
 
 
 def contrastive(logits: torch.Tensor, caption: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Both directions of CLIP's loss with repeated captions.
+    """CLIP's symmetric loss with repeated captions.
 
-    `logits` (B, U) of pictures against the batch's unique captions, `caption` (B,) indices into them, `counts`
-    (U,) how often each occurs. A caption that occurs n times weighs n in the softmax, as if it stood there n times.
+    `logits` (B, U) of images against the batch's unique captions, `caption` (B,) indices into them, `counts`
+    (U,) how often each occurs. A caption that occurs n times counts n times in the softmax.
     """
     image_to_text = F.cross_entropy(logits + counts.log(), caption)
     target = F.one_hot(caption, len(counts)).T / counts[:, None]
@@ -137,7 +137,7 @@ def contrastive(logits: torch.Tensor, caption: torch.Tensor, counts: torch.Tenso
 
 @torch.no_grad()
 def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, photos: list[Photo]) -> dict[str, float]:
-    """Class and colour accuracy: the nearest mean text feature over the captions of a class, or of a colour."""
+    """Class and colour accuracy by the nearest mean text feature over the captions of a class, or of a colour."""
     model.eval()
     pixels = [square(p.pixels, SIZE) for p in photos]
     features = torch.cat([embed_images(model, to_tensor(pixels[i : i + 64])) for i in range(0, len(pixels), 64)])
@@ -165,7 +165,7 @@ COLOURS = frozenset(
 
 
 def colour(caption: str) -> str | None:
-    """The colour that a caption names, if any."""
+    """The colour named in a caption, if any."""
     return next((word for word in caption.split() if word in COLOURS), None)
 
 
@@ -221,12 +221,11 @@ def main() -> None:
 
 
 def train_text(model: CLIPModel, tokenizer: CLIPTokenizer, photos: list[Photo], steps: int, lr: float) -> None:
-    """Trains the text tower alone to name a caption's class and colour, and freezes it.
+    """Trains the text tower alone to predict a caption's class and colour, and freezes it.
 
-    The loss stands at every position from the end of the text on: the U-Net reads them all, padding included.
-    A contrastive start was tried first; colours were told apart long before garments, whose texts stayed near
-    equal (cosine 0.97). The vision tower then learns against the frozen text tower (Zhai et al. 2021,
-    arXiv 2111.07991).
+    The loss covers every position from the end of the text on, because the U-Net reads them all, padding included.
+    Contrastive training separated colours long before garments, whose text features stayed nearly equal (cosine
+    0.97). The vision tower is then trained against the frozen text tower (Zhai et al. 2021, arXiv 2111.07991).
     """
     labels = {p.caption: p.label for p in photos}
     captions = sorted(labels)

@@ -1,4 +1,4 @@
-"""What the recipe's scripts share: the clothing photographs as arrays."""
+"""Shared by the scripts of the recipe: reading and cropping the clothing photographs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_photos(folder: str | Path) -> list[Photo]:
 
 
 def square(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The shorter side resized to `size` (area average), then the centre crop: (size, size, 3)."""
+    """Resizes the shorter side to `size` (area average) and crops the centre: (size, size, 3)."""
     height, width = pixels.shape[:2]
     scale = size / min(height, width)
     height, width = max(size, round(height * scale)), max(size, round(width * scale))
@@ -47,9 +47,9 @@ def square(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def random_square(pixels: np.ndarray, size: int, least: float, rng: np.random.Generator) -> np.ndarray:
-    """A crop of `least` to 1 of the shorter side, resized to (size, size, 3), mirrored half of the time.
+    """A square crop of `least` to 1 times the shorter side, resized to (size, size, 3) and flipped half of the time.
 
-    Its centre stays near the picture's: garments lie in the middle of tall pictures.
+    It stays near the centre of the image, because garments are in the middle of tall images.
     """
     height, width = pixels.shape[:2]
     side = min(height, width)
@@ -57,5 +57,5 @@ def random_square(pixels: np.ndarray, size: int, least: float, rng: np.random.Ge
     slack = (side - crop) // 2 + side // 12
     top = np.clip((height - crop) // 2 + rng.integers(-slack, slack + 1), 0, height - crop)
     left = np.clip((width - crop) // 2 + rng.integers(-slack, slack + 1), 0, width - crop)
-    picture = cv2.resize(pixels[top : top + crop, left : left + crop], (size, size), interpolation=cv2.INTER_AREA)
-    return picture[:, ::-1] if rng.random() < 0.5 else picture
+    image = cv2.resize(pixels[top : top + crop, left : left + crop], (size, size), interpolation=cv2.INTER_AREA)
+    return image[:, ::-1] if rng.random() < 0.5 else image

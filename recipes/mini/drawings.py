@@ -2,8 +2,8 @@
 
     python recipes/mini/drawings.py --out core/assets/drawings
 
-Shapes are the left half of an outline, in hundredths of the picture from the middle line and the top; the right half
-mirrors it. Lines are drawn darker on top, mirrored too.
+A shape is the left half of an outline; x is the distance from the vertical centre line and y that from the top, both in
+percent of the image side. The right half is its mirror image. Inner lines are mirrored too and drawn darker on top.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-SIDE, OVER = 128, 4  # pixels; drawn this many times larger and averaged down
+SIDE, OVER = 128, 4  # side in pixels; garments are drawn OVER times larger and averaged down
 
 Line = tuple[tuple[float, float], ...]
 
@@ -51,7 +51,7 @@ GROUND = (214, 204, 192)
 
 
 def mirrored(line: Line) -> list[Line]:
-    """The line left and right of the middle, in pixels of the large canvas."""
+    """The line and its mirror image, in pixels of the enlarged canvas."""
     scale = SIDE * OVER / 100
     return [tuple(((50 + sign * x) * scale, y * scale) for x, y in line) for sign in (-1, 1)]
 

@@ -1,9 +1,9 @@
-"""Measures mini: do samples show the prompted class, how far are they from photographs, what the autoencoder loses.
+"""Measures mini: class accuracy of samples, their Fréchet distance to photographs, and the autoencoder's PSNR.
 
     python recipes/mini/quality.py DATA core/assets/mini                      # the finished base
     python recipes/mini/quality.py DATA work/mini/base --run runs/NAME --count 100   # a U-Net still in training
 
-Pictures come from an unmodified diffusers pipeline. Writes quality.json and the contact sheet sheet.png to --parts.
+Samples with an unmodified diffusers pipeline. Writes quality.json and the contact sheet sheet.png to --parts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHEET_BYTES = 400_000
 
 
 def load_pipeline(base: Path, run: Path | None) -> StableDiffusionPipeline:
-    """The base in fp32, with the denoiser of `run` when given."""
+    """The pipeline of the base in fp32, with the denoiser of `run` if given."""
     pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     if run:
         pipe.unet.load_state_dict(trained_weights(run))
@@ -40,25 +40,25 @@ def load_pipeline(base: Path, run: Path | None) -> StableDiffusionPipeline:
 
 
 def sample(pipe: StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float) -> list[np.ndarray]:
-    """One uint8 RGB picture a prompt; picture i has seed i."""
-    pictures = []
+    """One uint8 RGB image per prompt; image i has seed i."""
+    images = []
     for start in range(0, len(prompts), 50):
         batch = prompts[start : start + 50]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
         result = pipe(batch, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np")
-        pictures += list((result.images * 255).round().astype(np.uint8))
-    return pictures
+        images += list((result.images * 255).round().astype(np.uint8))
+    return images
 
 
 @torch.no_grad()
-def features(model: CLIPModel, pictures: list[np.ndarray]) -> np.ndarray:
-    """The unit projected features of mini's CLIP as float64 (N, 128)."""
-    batches = [clip.to_tensor(pictures[i : i + 64]) for i in range(0, len(pictures), 64)]
+def features(model: CLIPModel, images: list[np.ndarray]) -> np.ndarray:
+    """Normalised image features of mini's CLIP, float64 (N, 128)."""
+    batches = [clip.to_tensor(images[i : i + 64]) for i in range(0, len(images), 64)]
     return torch.cat([clip.embed_images(model, batch) for batch in batches]).double().numpy()
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of two feature sets (Heusel et al. 2017, arXiv 1706.08500, eq. 6)."""
+    """Fréchet distance between two feature sets (Heusel et al. 2017, arXiv 1706.08500, eq. 6)."""
     s, t = np.cov(a.T), np.cov(b.T)
     values, vectors = np.linalg.eigh(s)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -69,7 +69,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 @torch.no_grad()
 def autoencoder_psnr(vae: AutoencoderKL, crops: list[np.ndarray]) -> float:
-    """Mean over pictures of 10 log10(255^2 / MSE) in dB, from latent means."""
+    """Mean over images of the PSNR, 10 log10(255^2 / MSE) in dB, with latent means."""
     values = []
     for start in range(0, len(crops), 64):
         x = torch.from_numpy(np.stack(crops[start : start + 64])).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -79,26 +79,26 @@ def autoencoder_psnr(vae: AutoencoderKL, crops: list[np.ndarray]) -> float:
 
 
 def sheet_prompts(photos: list[Photo]) -> list[str]:
-    """32 captions that name a colour: three or four of every class, the most frequent of `photos` first."""
+    """32 captions that name a colour: three or four per class, those most frequent in `photos` first."""
     named = [p for p in photos if clip.colour(p.caption)]
     ranked = [Counter(p.caption for p in named if p.label == label).most_common() for label in CLASSES]
     rows = [[caption for caption, _ in counts] for counts in ranked]
     return [row[i] for i in range(max(map(len, rows))) for row in rows if i < len(row)][: SHEET[0] * SHEET[1]]
 
 
-def contact_sheet(pictures: list[np.ndarray], prompts: list[str]) -> bytes:
-    """A PNG of at most `SHEET_BYTES`: the pictures at twice their size, each under its prompt's garment."""
-    tile, strip = 2 * pictures[0].shape[0], 16
+def contact_sheet(images: list[np.ndarray], prompts: list[str]) -> bytes:
+    """A PNG of at most `SHEET_BYTES`: the images at twice their size, each below the garment of its prompt."""
+    tile, strip = 2 * images[0].shape[0], 16
     sheet = Image.new("RGB", (SHEET[0] * tile, SHEET[1] * (tile + strip)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         x, y = i % SHEET[0] * tile, i // SHEET[0] * (tile + strip)
-        sheet.paste(Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST), (x, y + strip))
+        sheet.paste(Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST), (x, y + strip))
         words = prompt.removeprefix("a photo of ").removeprefix("a ").removeprefix("an ").replace("pair of ", "")
         draw.text((x + 3, y + 2), words, fill="black")
-    for image in (sheet, sheet.quantize(256), sheet.quantize(64)):
+    for version in (sheet, sheet.quantize(256), sheet.quantize(64)):
         buffer = io.BytesIO()
-        image.save(buffer, "PNG", optimize=True)
+        version.save(buffer, "PNG", optimize=True)
         if buffer.tell() <= SHEET_BYTES:
             break
     return buffer.getvalue()
@@ -109,11 +109,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")
     parser.add_argument("base", type=Path, help="Stable Diffusion folder")
-    parser.add_argument("--run", type=Path, help="take the denoiser of this run of `sctool train --method full`")
-    parser.add_argument("--parts", default="work/mini", type=Path, help="folder of clip, classifier and result")
+    parser.add_argument("--run", type=Path, help="use the denoiser of this run of `sctool train --method full`")
+    parser.add_argument("--parts", default="work/mini", type=Path, help="folder of clip, classifier and the results")
     parser.add_argument("--count", default=500, type=int)
     parser.add_argument("--steps", default=30, type=int)
-    parser.add_argument("--guidance", default=[3.0], type=float, nargs="+", help="several: the best is kept")
+    parser.add_argument("--guidance", default=[3.0], type=float, nargs="+", help="if several, the best one is kept")
     args = parser.parse_args()
     photos = load_photos(args.data)
     test = [p for p in photos if p.split == "test"]
@@ -127,8 +127,8 @@ def main() -> None:
     best: dict = {}
     for guidance in args.guidance:
         start = time.time()
-        pictures = sample(pipe, [p.caption for p in chosen], args.steps, guidance)
-        names = classify(judge, pictures)
+        images = sample(pipe, [p.caption for p in chosen], args.steps, guidance)
+        names = classify(judge, images)
         hits = {c: [n == c for n, p in zip(names, chosen, strict=True) if p.label == c] for c in CLASSES}
         figures = {
             "count": args.count,
@@ -137,7 +137,7 @@ def main() -> None:
             "class_accuracy_samples": float(np.mean([n == p.label for n, p in zip(names, chosen, strict=True)])),
             "class_accuracy_real": accuracy(judge, real, [p.label for p in test]),
             "class_accuracy_by_class": {c: round(float(np.mean(h)), 3) for c, h in hits.items() if h},
-            "fd_mini": frechet(features(eye, pictures), seen),
+            "fd_mini": frechet(features(eye, images), seen),
             "fd_mini_real": frechet(features(eye, other), seen),
             "fd_mini_note": f"unit CLIP features of mini; {args.count} samples against {len(real)} test photographs; "
             f"fd_mini_real: {len(other)} validation photographs against them",
