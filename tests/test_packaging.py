@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import graphlib
+import importlib
 import tomllib
 from pathlib import Path
 
@@ -31,3 +33,21 @@ def test_no_two_files_import_each_other_not_even_for_types() -> None:
     graph = grimp.build_graph("sctool", cache_dir=None)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError with the modules of a cycle
+
+
+def test_every_imported_name_exists() -> None:
+    """Also of imports inside functions, which run late, and of those for types, which never run."""
+    missing = []
+    for file in [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]:
+        package = ["sctool", *file.parent.relative_to(ROOT).parts]
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+            for alias in node.names:
+                if not hasattr(importlib.import_module(base), alias.name):
+                    try:
+                        importlib.import_module(f"{base}.{alias.name}")
+                    except ImportError:
+                        missing.append(f"{file.relative_to(ROOT)}:{node.lineno} {base}.{alias.name}")
+    assert missing == []

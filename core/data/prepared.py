@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..backbones.families.base import Rows
 from .cache import CHUNK, Memo, TensorCache, cache_folder, content_key
 from .conditions import condition
 from .images import MIN_SIDE, BadImage, Geometry, decode_map, decode_rgb, too_small
@@ -29,9 +30,6 @@ HINT_MEMORY = 512 << 20
 
 DECODERS = 8
 """Maximum number of threads that decode images for the encoder."""
-
-Rows = dict[str, torch.Tensor]
-"""Conditioning rows: named tensors whose first dimension is over images."""
 
 
 class Encoders(Protocol):

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ...config import SampleConfig
     from ..noising import Noising
 
-    Rows = dict[str, Tensor]
-    """Conditioning: named tensors whose first dimension goes over images."""
+Rows = dict[str, "Tensor"]
+"""Conditioning: named tensors whose first dimension goes over images."""
 
 
 class Family(ABC):
