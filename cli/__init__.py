@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs one command line; gives its exit code."""
+    """Runs one command line; returns its exit code."""
     try:
         code = app(arguments, prog_name="sctool", standalone_mode=False)
         return code if isinstance(code, int) else 0

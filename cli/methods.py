@@ -23,8 +23,8 @@ def methods(
     from ..core.backbones.architectures import architecture
     from ..core.counting import counts
 
-    found = architecture(base)
-    rows = counts(found)
+    shapes = architecture(base)
+    rows = counts(shapes)
     if not as_json:
         _show(base, rows)
         return
@@ -39,7 +39,7 @@ def methods(
         }
         for row in rows
     ]
-    print(json.dumps({"base": base, "family": found.family.name, "methods": table}))
+    print(json.dumps({"base": base, "family": shapes.family.name, "methods": table}))
 
 
 def _show(base: str, rows: list) -> None:

@@ -177,7 +177,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UsageError(f"config '{path}' is not valid YAML: {error}") from error
     if not isinstance(value, dict):
-        raise UsageError(f"config '{path}' holds no mapping of keys to values.")
+        raise UsageError(f"config '{path}' is not a mapping of keys to values.")
     return value
 
 
@@ -227,7 +227,7 @@ def resolve_config(
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise UsageError(f"'{pair}' is no setting; write it as key=value, e.g. lr=1e-4.")
+            raise UsageError(f"'{pair}' is not a setting; write it as key=value, e.g. lr=1e-4.")
         head, *rest = key.split(".")
         value: Any = parse_value(text)
         for part in reversed(rest):

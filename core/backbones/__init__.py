@@ -1,1 +1,1 @@
-"""Frozen bases: where they lie, loading, their families and known architectures."""
+"""Frozen bases: finding and loading them, their families, and the shapes of well-known ones."""

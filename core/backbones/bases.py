@@ -48,7 +48,7 @@ def find_base(base: str, offline: bool = False) -> Path:
     except Exception as error:  # the hub client raises a dozen kinds for "not reachable" and "not there"
         raise SctoolError(
             f"cannot get base '{base}' from the hub ({type(error).__name__}). "
-            "Give a local diffusers folder with --base, or use the embedded base: --base mini."
+            "Use a local diffusers folder, or the embedded base: --base mini."
         ) from error
 
 
@@ -86,7 +86,7 @@ def resolution(base: str, offline: bool = False) -> int:
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """The safetensors files of one part of a base; the full-precision ones where both kinds lie there."""
+    """The safetensors files of one part of a base; the full-precision ones where there are both."""
     files = sorted((folder / part).glob("*.safetensors"))
     return [f for f in files if ".fp16." not in f.name] or files
 
@@ -103,5 +103,5 @@ def content_hash(folder: Path, *parts: str) -> str:
 def licence(folder: Path) -> str:
     """The licence named in the front matter of the base's model card."""
     card = folder / "README.md"
-    found = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.M) if card.is_file() else None
-    return found.group(1) if found else "unknown (the base has no model card)"
+    line = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.M) if card.is_file() else None
+    return line.group(1) if line else "unknown (the base has no model card)"

@@ -34,7 +34,7 @@ class PhaseUpsample2D(Upsample2D):
 
     def __init__(self, original: Upsample2D) -> None:
         nn.Module.__init__(self)
-        self.original = (original,)  # in a tuple, so that it is no submodule with keys of its own
+        self.original = (original,)  # in a tuple, so that it is not registered as a submodule
         self.conv = original.conv
         self.register_buffer("phases", folded(original.conv.weight.detach()), persistent=False)
         self.train(original.training)
@@ -53,7 +53,7 @@ class PhaseUpsample2D(Upsample2D):
 
 
 def fold_upsampling(denoiser: nn.Module) -> int:
-    """Puts every frozen upsampler of `denoiser` into phases, where it stands; gives their number.
+    """Replaces every frozen upsampler of `denoiser` by its folded form, in place; returns their number.
 
     Upsamplers that are trained, hooked or of another kind (a norm, a transposed convolution, a wrapped layer) stay.
     """

@@ -62,7 +62,7 @@ def attach(
     scales = 1.0 if scales is None else scales
     strengths = [scales] * len(tuners) if isinstance(scales, int | float) else scales
     if len(strengths) != len(tuners):
-        raise UsageError(f"{len(strengths)} scales for {len(tuners)} tuners; give one, or one per tuner.")
+        raise UsageError(f"{len(strengths)} scales for {len(tuners)} tuners; pass one, or one per tuner.")
     known = {name for tuner in tuners for name in tuner.conditions}
     for name in weights or ():
         if name not in known:

@@ -31,7 +31,7 @@ def checked(name: str, hint: Tensor, latents: Tensor, vae_scale: int) -> Tensor:
 def check_batch(name: str, hint: Tensor, latents: Tensor) -> None:
     """Raises `UsageError` unless there is one hint, one per latent, or a divisor of them (guidance doubles latents)."""
     if len(latents) % max(len(hint), 1) or len(hint) == 0:
-        raise UsageError(f"hint '{name}' has {len(hint)} maps for {len(latents)} latents; give 1, or one per image.")
+        raise UsageError(f"hint '{name}' has {len(hint)} maps for {len(latents)} latents; pass 1, or one per image.")
 
 
 def repeated(features: Any, batch: int) -> Any:

@@ -169,7 +169,7 @@ class Wiring:
             return {}
         if isinstance(hint, Tensor):
             if len(known) != 1:
-                raise UsageError(f"a hint without a name for the conditions {known}; give {{name: hint}}.")
+                raise UsageError(f"a hint without a name for the conditions {known}; pass {{name: hint}}.")
             return {known[0]: hint}
         for name in hint:
             if name not in known:

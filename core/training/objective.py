@@ -1,4 +1,4 @@
-"""What is minimised: an objective gives the loss of every sample of a batch. Diffusion's stands here."""
+"""What is minimised: an objective returns the loss of every sample of a batch. This file has diffusion's."""
 
 from __future__ import annotations
 

@@ -88,8 +88,8 @@ def captions(cache: dict[str, Any]) -> str:
         "empty": cache["captions_empty"],
         "longer than the text encoder reads": cache["captions_too_long"],
     }
-    told = [f"{number} {what}" for what, number in counts.items() if number]
-    return f"; captions: {', '.join(told)}" if told else ""
+    parts = [f"{number} {what}" for what, number in counts.items() if number]
+    return f"; captions: {', '.join(parts)}" if parts else ""
 
 
 def show_plan(plan: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ def train(
 ) -> Summary:
     """Trains the config's tuner on `source` into the run folder; the same call again resumes.
 
-    `measures` gives for a condition a function (images, hints) -> figures of how well images follow their hints;
+    `measures` maps a condition to a function (images, hints) -> figures of how well images follow their hints;
     `map_meta` says how the condition maps were made and goes into the tuner file.
     Raises `Interrupted` after a saved stop by SIGINT or SIGTERM, `SctoolError` for data that cannot be trained on.
     """
