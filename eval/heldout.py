@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from ..annotators.training_sets import open_training_sets
 from ..core.config import SampleConfig, TrainConfig
-from ..core.data.prompts import PromptRule
+from ..core.data.conditions import condition
+from ..core.data.images import BadImage, Geometry, decode_map, decode_rgb
+from ..core.data.prompts import Prompt
 from ..core.data.records import Record, Source
 from ..core.devices import best_device
 from ..core.errors import SctoolError, UsageError
 from ..core.files import write_json
 from ..core.progress import Progress
 from ..core.runs import Run
+from ..core.sampling import Request
 
-if TYPE_CHECKING:
-    from ..core.sampling import Request
+Images = dict[str, np.ndarray]
 
 SHOWN = 8  # rows of the sheet that shows hint, base and tuned side by side
 COUNTS = "heldout.json"
@@ -59,9 +63,7 @@ def sample_heldout(
     """
     from ..core.backbones.loading import load_backbone
     from ..core.checkpoint import load_tuner
-    from ..core.data.conditions import condition
-    from ..core.data.images import BadImage, Geometry, decode_map, decode_rgb
-    from ..core.sampling import Request, sample_images, sampling_protocol, write_samples
+    from ..core.sampling import sample_images, sampling_protocol, write_samples
     from ..core.sites.attaching import tuned
 
     config = run.config
@@ -70,52 +72,65 @@ def sample_heldout(
     sampling = sampling or SampleConfig(guidance=config.guidance)
     size = sampling.size or config.size or backbone.resolution
     sampling = sampling.model_copy(update={"size": size})
+    prompt = backbone.family.prompt_rule(config.trigger, config.caption)
+    requests = heldout_requests(run, size, prompt, count, seed, quiet)
+    progress = Progress(quiet)
+    folders, parent = [], out or run.samples
+    (parent / COUNTS).unlink(missing_ok=True)
+    for kind in which:
+        tuners = [] if kind == "base" else [load_tuner(run.path, backbone)]
+        used = [{"method": tuner.method, "run": run.name, "scale": scale} for tuner in tuners]
+        drawn = requests if tuners else [Request(request.prompt, request.seed) for request in requests]
+        with (
+            progress.counting(len(requests), f"sampling {kind}") as advance,
+            tuned(backbone.denoiser, *tuners, scales=scale),
+        ):
+            images = (image for _, image in sample_images(backbone, drawn, sampling, advance))
+            protocol = sampling_protocol(backbone, sampling, used)
+            write_samples(parent / kind, zip(requests, images, strict=True), protocol)
+        folders.append(parent / kind)
+    write_json(parent / COUNTS, {"asked": count, "drawn": len(requests)})
+    title = f"{run.name}, continued from {config.init}" if config.init else run.name
+    side_by_side(folders, requests, SHOWN, title)
+    return folders
+
+
+def heldout_requests(run: Run, size: int, prompt: Prompt, count: int, seed: int, quiet: bool) -> list[Request]:
+    """Up to `count` held-out captions with hints and reference images at `size` px; image i has seed + i.
+
+    Images and maps that cannot be read are left out. Raises `SctoolError` if nothing is left.
+    """
+    config = run.config
     source, held_out, _ = open_training_sets(config, size, quiet=quiet)
-    geometry = Geometry(size)
     requests: list[Request] = []
     for record in evaluation_records(source, held_out, config):
         if len(requests) == count:
             break
         try:
-            image = decode_rgb(record.image, record.image.name)
-            reference = geometry.apply(image)
-            hints, maps = {}, {}
-            for name in config.conditions:
-                map, names = decode_map(record.maps[name], record.maps[name].name), condition(name).categorical
-                fitted = geometry.apply_map(map, image.shape, names=names)
-                hints[name] = condition(name).render(fitted, reference)
-                if names and fitted.ndim == 2:  # some classes share a colour
-                    maps[name] = fitted
-        except (BadImage, KeyError):
+            reference, hints, maps = _reference_and_hints(record, config.conditions, size)
+        except BadImage:
             continue
-        caption = PromptRule(config.trigger, config.caption)(record)
-        requests.append(Request(caption, seed + len(requests), hints, reference, record.key, record.label, maps))
+        position = seed + len(requests)
+        requests.append(Request(prompt(record), position, hints, reference, record.key, record.label, maps))
     if not requests:
         raise SctoolError(f"{run.path}: its data has no held-out images to sample; pass --val-data when training.")
-    progress = Progress(quiet)
-    folders, parent = [], out or run.samples
-    (parent / COUNTS).unlink(missing_ok=True)
-    for kind in which:
-        folder = parent / kind
-        with progress.counting(len(requests), f"sampling {kind}") as advance:
-            if kind == "base":
-                bare = [Request(r.prompt, r.seed) for r in requests]
-                pictures = (p for _, p in sample_images(backbone, bare, sampling, advance))
-                drawn = ((request, picture) for request, picture in zip(requests, pictures, strict=True))
-                write_samples(folder, drawn, sampling_protocol(backbone, sampling))
-            else:
-                tuner = load_tuner(run.path, backbone)
-                used = {"method": tuner.method, "run": run.name, "scale": scale}
-                with tuned(backbone.denoiser, tuner, scales=scale):
-                    write_samples(
-                        folder,
-                        sample_images(backbone, requests, sampling, advance),
-                        sampling_protocol(backbone, sampling, [used]),
-                    )
-        folders.append(folder)
-    write_json(parent / COUNTS, {"asked": count, "drawn": len(requests)})
-    side_by_side(folders, requests, SHOWN, f"{run.name}, on from {config.init}" if config.init else run.name)
-    return folders
+    return requests
+
+
+def _reference_and_hints(record: Record, conditions: Sequence[str], size: int) -> tuple[np.ndarray, Images, Images]:
+    """The image (size, size, 3), its hints, and the class maps behind hints whose colours do not tell all classes."""
+    geometry, image = Geometry(size), decode_rgb(record.image, record.image.name)
+    reference = geometry.apply(image)
+    hints, class_maps = {}, {}
+    for name in conditions:
+        kind, blob = condition(name), record.map_for(name, only=len(conditions) == 1)
+        if blob is None:
+            raise BadImage(f"has no {name} map", record.key)
+        fitted = geometry.apply_map(decode_map(blob, blob.name), image.shape, names=kind.categorical)
+        hints[name] = kind.render(fitted, reference)
+        if kind.categorical and fitted.ndim == 2:
+            class_maps[name] = fitted
+    return reference, hints, class_maps
 
 
 def held_out(run: Run) -> int | None:
@@ -144,7 +159,6 @@ def side_by_side(folders: Sequence[Path], requests: Sequence[Request], count: in
 
     Shows `count` images spread evenly over the set, since neighbours are often alike.
     """
-    import numpy as np
     from PIL import Image
 
     from ..core.sheets import save_png, sheet

@@ -10,7 +10,6 @@ import torch
 from ..backbones.loading import Backbone, load_backbone
 from ..config import TrainConfig
 from ..data.prepared import cache_plan
-from ..data.prompts import PromptRule
 from ..data.records import Source
 from ..devices import best_device, choose_precision, torch_dtype
 from ..measure import saved_bytes
@@ -76,7 +75,7 @@ def plan_run(
             size=size,
             conds=config.conditions,
             flip=config.flip,
-            prompt=PromptRule(config.trigger, config.caption),
+            prompt=backbone.family.prompt_rule(config.trigger, config.caption),
         ),
     }
 

@@ -18,7 +18,6 @@ from ..backbones.upsampling import fold_upsampling
 from ..checkpoint import load_tuner
 from ..config import TrainConfig
 from ..data.prepared import PreparedSet, prepare
-from ..data.prompts import PromptRule
 from ..data.records import Source
 from ..devices import choose_precision, torch_dtype
 from ..errors import SctoolError, UsageError
@@ -55,7 +54,7 @@ def prepare_data(
     def prepared(records: list[Any], flip: bool) -> PreparedSet:
         return prepare(
             records, backbone, size=size, conds=config.conditions, flip=flip, device=backbone.device,
-            prompt=PromptRule(config.trigger, config.caption), progress=progress.note,
+            prompt=backbone.family.prompt_rule(config.trigger, config.caption), progress=progress.note,
         )  # fmt: skip
 
     data = Data(prepared(training, config.flip), prepared(validation, False) if validation else None)

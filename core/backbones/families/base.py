@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...data.prompts import Prompt, PromptRule
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -54,6 +56,10 @@ class Family(ABC):
         return size if isinstance(size, int) else size[0]
 
     # ------------------------------------------------------------------------------------------------ conditioning
+
+    def prompt_rule(self, trigger: str, template: str) -> Prompt:
+        """The prompt of an image; a family that is conditioned on classes returns the class label instead."""
+        return PromptRule(trigger, template)
 
     @abstractmethod
     def encode_prompts(self, pipe: Any, prompts: list[str]) -> Rows:
