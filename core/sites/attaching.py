@@ -101,7 +101,7 @@ class TunedBackbone(nn.Module):
 
     def __init__(self, denoiser: nn.Module, *tuners: Any, **attach_options: Any) -> None:
         super().__init__()
-        self.family = family_of_denoiser(denoiser.config)
+        self.family = family_of_denoiser({**denoiser.config, "_class_name": type(denoiser).__name__})
         self.denoiser = denoiser.requires_grad_(False)
         self.tuners = nn.ModuleList(tuners).requires_grad_(True)
         self.attachment = attach(denoiser, *tuners, **attach_options)
