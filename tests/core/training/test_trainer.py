@@ -36,7 +36,11 @@ class Accelerator:
 
     device, process_index, num_processes = torch.device("cpu"), 0, 1
 
+    def __init__(self) -> None:
+        self.unshared = 0
+
     def no_sync(self, net: nn.Module) -> Any:
+        self.unshared += 1
         return nullcontext()
 
     def reduce(self, values: torch.Tensor, how: str) -> torch.Tensor:
@@ -133,6 +137,13 @@ def test_a_step_goes_down_the_mean_gradient_of_its_batches_at_its_own_rate() -> 
         weight -= 0.5 / (1 + number) * mean
         assert steps.weight.item() == pytest.approx(weight)
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_processes_share_their_gradients_once_per_step(accumulate: int) -> None:
+    steps = Steps(accumulate=accumulate)
+    steps.trainer().step(0)
+    assert steps.training.accelerator.unshared == accumulate - 1
 
 
 def test_gradients_above_the_norm_are_clipped_and_the_norm_before_is_reported() -> None:

@@ -225,6 +225,20 @@ def test_full_takes_neither_conditions_nor_scales():
         pass
 
 
+def test_full_weights_of_another_base_are_refused():
+    net = unet()
+    tuner = build(net, "full", ())
+    fewer, wider = copy.deepcopy(net), copy.deepcopy(net)
+    fewer.conv_out.bias = None
+    wider.conv_out.bias = torch.nn.Parameter(torch.zeros(9))
+    for other in (fewer, wider):
+        before = dict(other.named_parameters())
+        with pytest.raises(SctoolError, match="another base"), tuned(other, tuner):
+            pass
+        assert all(p is before[name] for name, p in other.named_parameters())
+    assert tuner.describe_sites() == [f"all {sum(p.numel() for p in net.parameters()):,} weights"]
+
+
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(UsageError, match="Did you mean 'scedit'"):
         tuner_class("scedti")
