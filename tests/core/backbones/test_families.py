@@ -142,6 +142,13 @@ def test_the_training_size_is_the_first_side_where_a_config_has_two() -> None:
     assert [FAMILIES[0].latent_size({"sample_size": size}) for size in (64, [32, 48])] == [64, 32]
 
 
+def test_sizes_are_numbers_of_full_precision_whatever_the_batch() -> None:
+    ids = FAMILIES[1].size_rows(2, 1000, torch.device("cpu"))["time_ids"]
+    assert ids.dtype == torch.float32
+    assert ids.tolist() == [[1000, 1000, 0, 0, 1000, 1000]] * 2
+    assert FAMILIES[0].size_rows(2, 1000, torch.device("cpu")) == {}
+
+
 def test_dummy_rows_have_the_encoders_shapes() -> None:
     rows = {name: tuple(row.shape) for name, row in FAMILIES[1].dummy_rows(KNOWN["sdxl"], 3, "cpu").items()}
     assert rows == {"prompt_embeds": (3, 77, 2048), "pooled": (3, 1280), "time_ids": (3, 6)}

@@ -291,6 +291,17 @@ def test_class_rows_extend_the_table_of_a_transformer():
         class_tables(unet())
 
 
+def test_class_rows_leave_no_hook_and_no_ids_behind():
+    net = dit()
+    tuner = Rows(class_tables(net))
+    labels = torch.tensor([1, 5])
+    before = net(LATENTS, STEPS, labels, return_dict=False)[0]
+    with tuned(net, tuner):
+        known = net(LATENTS, STEPS, labels, return_dict=False)[0]
+    assert torch.equal(known, before), "ids within the table read its own rows"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
 # ------------------------------------------------------------------------------------------------ reading inputs
 
 
