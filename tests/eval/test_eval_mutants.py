@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
@@ -14,10 +17,12 @@ from sctool.eval.control.edges import EdgeScore
 from sctool.eval.control.pose import PoseScore
 from sctool.eval.control.segmentation import SegmentationScore
 from sctool.eval.intervals import jackknife
+from sctool.eval.options import Options
 from sctool.eval.sets.cmmd import ClipDiscrepancy
 from sctool.eval.sets.frechet import FrechetDistance, FrechetStats
 from sctool.eval.sets.inception_score import InceptionScore
 from sctool.eval.sets.kid import KernelDistance
+from sctool.eval.sets.metrics import streams
 from sctool.eval.sets.precision_recall import PrecisionRecall
 
 
@@ -186,3 +191,45 @@ def test_twenty_persons_of_a_picture_are_counted_the_surest_first() -> None:
         meter = PoseScore()
         meter.update_maps([*crowd, person(0, score=score)], [person(0)])
         assert meter.compute()["recall"] == recall
+
+
+# ------------------------------------------------------------------------------------ which network a metric reads
+
+
+class Named:
+    """Stands for an extractor."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+@pytest.mark.parametrize(
+    ("wanted", "features", "readers"),
+    [
+        ("fid kid cmmd", "mini", {"mini": "fid kid cmmd"}),
+        ("fid cmmd", "clip", {"clip": "fid cmmd"}),
+        ("fid cmmd", "dinov2", {"dinov2": "fid", "clip": "cmmd"}),
+        ("fid cmmd", "inception", {"inception": "fid", "clip": "cmmd"}),
+        ("cmmd", "mini", {"mini": "cmmd"}),
+        ("pr", "dinov2", {"dinov2": "pr"}),
+    ],
+)
+def test_one_network_serves_all_metrics_that_read_it(
+    wanted: str, features: str, readers: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: dict[str, tuple[Path | None, bool]] = {}
+
+    def references(extractor: Any, save: Path | None, keep: bool) -> Any:
+        opened[extractor.name] = (save, keep)
+
+    monkeypatch.setattr("sctool.eval.sets.metrics.choose_features", lambda kind, **_: Named(kind))
+    monkeypatch.setattr("sctool.eval.sets.metrics.clip_features", lambda kind, **_: Named("clip"))
+    options = Options(features=features, save_stats=tmp_path / "s.npz")
+    found = streams(
+        set(wanted.split()), options, None, "cpu", lambda names, load: load(), lambda text: None, references
+    )
+    assert {stream.extractor.name: " ".join(stream.metrics) for stream in found} == readers
+    assert opened == {
+        name: (tmp_path / "s.npz" if "fid" in metrics else None, set(metrics.split()) != {"fid"})
+        for name, metrics in readers.items()
+    }, "moments are saved under FID's network, features are kept for metrics that compare pictures"

@@ -13,7 +13,7 @@ from sctool.core.config import Config
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.sites.attaching import TunedBackbone, tuned
 from sctool.core.sites.inputs import class_tables, input_layer
-from sctool.core.sites.layers import layers
+from sctool.core.sites.layers import layer_site, layers
 from sctool.core.sites.skips import middle, skips
 from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners.base import SiteTuner
@@ -161,6 +161,15 @@ def test_layers_are_chosen_by_name_on_the_meta_device_too():
         layers(unet(), "nowhere")
     with pytest.raises(UsageError, match="not a valid regular expression"):
         layers(unet(), "(")
+
+
+def test_a_layer_site_has_the_layers_geometry():
+    convolution = layer_site("c", nn.Conv2d(3, 5, (3, 1), stride=2, padding=(1, 0)))
+    assert (convolution.inputs, convolution.outputs, convolution.linear) == (3, 5, False)
+    assert (convolution.kernel, convolution.stride, convolution.padding) == ((3, 1), (2, 2), (1, 0))
+    linear = layer_site("l", nn.Linear(3, 5))
+    assert (linear.inputs, linear.outputs, linear.linear) == (3, 5, True)
+    assert (linear.kernel, linear.stride, linear.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 def test_a_low_rank_tuner_on_layers_equals_pefts_lora():
