@@ -87,6 +87,7 @@ def test_lists_may_be_written_with_commas() -> None:
     assert build(TrainConfig, {"betas": "0.8,0.9"}).betas == (0.8, 0.9)
     assert build(TrainConfig, {"cond": "canny:low=50,high=150,color"}).conditions == ("canny", "color")
     assert build(AnnotateConfig, {"src": "a", "cond": "canny"}).cond == ("canny",)
+    assert build(TrainConfig, {"trigger": "red, blue"}).trigger == "red, blue", "a text is not a list"
 
 
 def test_the_documented_defaults() -> None:

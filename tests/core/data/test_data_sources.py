@@ -216,6 +216,15 @@ def test_columns_that_are_maps(tmp_path):
     assert record.meta == row
 
 
+def test_columns_that_name_no_file_are_no_maps(tmp_path):
+    put(tmp_path / "a.png", picture())
+    row = {"canny": 3, "depth": None, "seg_file_name": None, "pose_file_name": False, "hed": ["a.png"]}
+    put(tmp_path / "metadata.jsonl", lines({"file_name": "a.png"} | row))
+    source = open_source(tmp_path)
+    assert [record.maps for record in source] == [{}]
+    assert not source.faults
+
+
 def test_tables_as_one_json_list(tmp_path):
     put(tmp_path / "a.png", picture())
     put(tmp_path / "b.png", picture())

@@ -144,6 +144,7 @@ def test_the_order_the_draws_and_the_held_out_images_of_seed_0_are_these() -> No
     ]
     held = validation_draw(config, 2, 3, (1, 1, 1), NOISING, 1, 4)
     assert held.t.tolist() == [337, 282, 288]
+    assert held.posterior.flatten().tolist() == pytest.approx([0.50306, 1.256706, 0.756196], abs=1e-6)
     assert held.noise.flatten().tolist() == pytest.approx([-0.28751, 0.819669, -0.136307], abs=1e-6)
     source = Source("set", "textfolder", [Record(str(i), BytesBlob(b"")) for i in range(40)])
     assert [record.key for record in split_records(source, None, config)[1]] == ["10", "21", "33", "34"]
