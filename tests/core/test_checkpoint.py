@@ -2,6 +2,7 @@
 
 import json
 import types
+from importlib.metadata import version
 
 import pytest
 import safetensors.torch
@@ -68,6 +69,7 @@ def test_a_tuner_is_counted_and_comes_back_with_its_weights(base, tuner, tmp_pat
     meta = read_meta(tmp_path)
     assert meta["parameters"] == sum(p.numel() for p in tuner.parameters())
     assert (meta["format"], meta["vae_scale"], meta["maps"]) == (1, 4, {})
+    assert meta["sctool"] == version("sctool")
     loaded = load_tuner(file, base)
     assert loaded.vae_scale == 4
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), tuner.parameters(), strict=True))

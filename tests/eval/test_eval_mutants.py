@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from sctool.core.progress import Progress
 from sctool.eval.clip_score import ClipScore
 from sctool.eval.control.colors import ColorScore
 from sctool.eval.control.depth import DepthScore
@@ -24,6 +27,7 @@ from sctool.eval.sets.inception_score import InceptionScore
 from sctool.eval.sets.kid import KernelDistance
 from sctool.eval.sets.metrics import streams
 from sctool.eval.sets.precision_recall import PrecisionRecall
+from sctool.eval.sets.references import References
 
 
 def features(n: int, seed: int = 0, dim: int = 5) -> np.ndarray:
@@ -104,6 +108,52 @@ def test_a_clip_score_has_two_scales_and_counts_opposites_as_nothing_in_one() ->
     score.update(images, torch.tensor([[1.0, 0.0]] * 3), [4, 2, 9])
     assert score.compute() == pytest.approx({"cos": 0.2, "100": 20, "w2.5": 2.5 * 1.6 / 3})
     assert score.each()["cos"] == pytest.approx({4: 1, 2: 0.6, 9: -1})
+
+
+class Means:
+    """Stands for an extractor: the mean colour."""
+
+    dim, name = 3, "means"
+
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.float().mean((2, 3))
+
+
+def test_references_of_any_size_are_measured_in_order_and_bad_ones_are_listed(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (20, 3))
+    for i, colour in enumerate(colours):
+        side = (8, 12)[i % 2]
+        Image.fromarray(np.full((side, side, 3), colour, np.uint8)).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "07.png").write_bytes(b"no picture")
+    column: Any = SimpleNamespace(faults=[])
+    kept = np.delete(colours, 7, 0)
+    for keep in (True, False):
+        stats = tmp_path / "stats.npz"
+        references = References(Means(), str(tmp_path), stats, Progress(True), keep=keep)  # pyright: ignore
+        real, identity = references.of(None, [], column)  # pyright: ignore[reportArgumentType]
+        assert real.n == identity["n"] == 19
+        assert real.moments is not None
+        np.testing.assert_allclose(real.moments.mu, kept.mean(0))
+        np.testing.assert_allclose(real.moments.sigma, np.cov(kept.T))
+        assert (real.features is not None) == keep
+        if real.features is not None:
+            np.testing.assert_allclose(real.features, kept)
+        np.testing.assert_allclose(np.load(stats)["mu"], kept.mean(0))
+        again, _ = References(Means(), str(stats), None, Progress(True)).of(None, [], column)  # pyright: ignore
+        assert again.n == 19
+        stats.unlink()
+    assert [fault["file"] for fault in column.faults] == ["07.png", "07.png"]
+    assert "is not an image" in column.faults[0]["reason"]
+
+
+def test_features_are_ordered_by_position_and_none_are_no_row() -> None:
+    meter = KernelDistance()
+    assert meter.rows().shape == (0, 0)
+    x = features(4)
+    meter.update(x[2:], [12, 3])
+    meter.update(x[:2], [25, 0])
+    assert np.array_equal(meter.rows(), x[[1, 3, 2, 0]])
+    assert meter.blocks().tolist() == [0, 3, 2, 5]
 
 
 # ------------------------------------------------------------------------------------------- control adherence
