@@ -18,7 +18,9 @@ from sctool.eval.control.colors import ColorScore
 from sctool.eval.control.depth import DepthScore
 from sctool.eval.control.edges import EdgeScore
 from sctool.eval.control.pose import PoseScore
+from sctool.eval.control.preservation import OutsideScore
 from sctool.eval.control.segmentation import SegmentationScore
+from sctool.eval.control.soft_edges import SoftEdgeScore
 from sctool.eval.intervals import jackknife
 from sctool.eval.options import Options
 from sctool.eval.sets.cmmd import ClipDiscrepancy
@@ -213,6 +215,21 @@ def test_classes_that_neither_has_do_not_count_and_255_is_ignored() -> None:
             "fwiou": (3 * ious[0] + 1 * ious[7] + 2 * ious[254]) / 6, "classes": 4,
         }
     )  # fmt: skip
+
+
+def test_every_figure_belongs_to_the_position_of_its_picture() -> None:
+    random = np.random.default_rng(0)
+    pictures = random.integers(1, 255, (3, 32, 32, 3), dtype=np.uint8)
+    grey = pictures[..., 0]
+    for kind, maps in (
+        (EdgeScore, grey), (DepthScore, grey), (SegmentationScore, grey), (SoftEdgeScore, grey),
+        (ColorScore, pictures), (OutsideScore, pictures),
+    ):  # fmt: skip
+        score = kind()
+        for position, map in zip((7, 2, 4), maps, strict=True):
+            score.update_maps(map, maps[0], position)
+        for name, values in score.each().items():
+            assert list(values) == [7, 2, 4], f"{name} of {kind.__name__}"
 
 
 def person(x: float, score: float = 0.9, seen: float = 0.9, width: float = 60) -> dict:

@@ -300,6 +300,32 @@ def test_class_rows_extend_the_table_of_a_transformer():
         class_tables(unet())
 
 
+def test_the_first_further_class_is_the_one_after_the_tables_last():
+    net = dit()
+    tuner = Rows(class_tables(net))
+    wide = copy.deepcopy(net)
+    for site in class_tables(net):
+        table = wide.get_submodule(site.name)
+        table.weight = nn.Parameter(torch.cat([table.weight, tuner.rows.detach()]))
+    labels = torch.tensor([6, 5])
+    with tuned(net, tuner):
+        out = net(LATENTS, STEPS, labels, return_dict=False)[0]
+    torch.testing.assert_close(out, wide(LATENTS, STEPS, labels, return_dict=False)[0])
+
+
+def test_conditions_share_one_weight_unless_a_tuner_says_otherwise():
+    net = unet()
+    tuner = Columns(net, "canny", "color")
+    assert (tuner.weights, tuner.normalize) == ({}, True)
+    first, second = ({"hint": {name: hint()}} for name in ("canny", "color"))
+    both = {"hint": {"canny": hint(), "color": hint()}}
+    tuner.columns["color"] = tuner.columns["canny"]
+    with tuned(net, tuner):
+        one, other, together = (call(net, cross_attention_kwargs=given) for given in (first, second, both))
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(together, one, msg="half of each, not the sum")
+
+
 def test_class_rows_leave_no_hook_and_no_ids_behind():
     net = dit()
     tuner = Rows(class_tables(net))
