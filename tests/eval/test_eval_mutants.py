@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sctool.core.errors import SctoolError
 from sctool.core.progress import Progress
 from sctool.eval.clip_score import ClipScore
 from sctool.eval.control.colors import ColorScore
@@ -27,7 +28,7 @@ from sctool.eval.sets.cmmd import ClipDiscrepancy
 from sctool.eval.sets.frechet import FrechetDistance, FrechetStats
 from sctool.eval.sets.inception_score import InceptionScore
 from sctool.eval.sets.kid import KernelDistance
-from sctool.eval.sets.metrics import streams
+from sctool.eval.sets.metrics import Stream, streams
 from sctool.eval.sets.precision_recall import PrecisionRecall
 from sctool.eval.sets.references import References
 
@@ -285,8 +286,8 @@ class Named:
     [
         ("fid kid cmmd", "mini", {"mini": "fid kid cmmd"}),
         ("fid cmmd", "clip", {"clip": "fid cmmd"}),
-        ("fid cmmd", "dinov2", {"dinov2": "fid", "clip": "cmmd"}),
-        ("fid cmmd", "inception", {"inception": "fid", "clip": "cmmd"}),
+        ("fid cmmd", "dinov2", {"dinov2": "fid", "own clip": "cmmd"}),
+        ("fid cmmd", "inception", {"inception": "fid", "own clip": "cmmd"}),
         ("cmmd", "mini", {"mini": "cmmd"}),
         ("pr", "dinov2", {"dinov2": "pr"}),
     ],
@@ -300,7 +301,7 @@ def test_one_network_serves_all_metrics_that_read_it(
         opened[extractor.name] = (save, keep)
 
     monkeypatch.setattr("sctool.eval.sets.metrics.choose_features", lambda kind, **_: Named(kind))
-    monkeypatch.setattr("sctool.eval.sets.metrics.clip_features", lambda kind, **_: Named("clip"))
+    monkeypatch.setattr("sctool.eval.sets.metrics.clip_features", lambda kind, **_: Named("own clip"))
     options = Options(features=features, save_stats=tmp_path / "s.npz")
     found = streams(
         set(wanted.split()), options, None, "cpu", lambda names, load: load(), lambda text: None, references
@@ -310,3 +311,51 @@ def test_one_network_serves_all_metrics_that_read_it(
         name: (tmp_path / "s.npz" if "fid" in metrics else None, set(metrics.split()) != {"fid"})
         for name, metrics in readers.items()
     }, "moments are saved under FID's network, features are kept for metrics that compare pictures"
+
+
+@pytest.mark.parametrize(("features", "chosen"), [("mini", "mini"), ("auto", "mini"), ("dinov2", "dinov2")])
+def test_mini_features_know_no_classes_and_others_ask_inception(
+    features: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    refused: list[str] = []
+
+    def choose(kind: str, **_: Any) -> Named:
+        loaded.append(kind)
+        return Named(chosen if kind == features else kind)
+
+    def attempt(names: list[str], load: Any) -> Any:
+        try:
+            return load()
+        except (SctoolError, AssertionError):
+            refused.extend(names)
+
+    monkeypatch.setattr("sctool.eval.sets.metrics.choose_features", choose)
+    streams({"fid", "is"}, Options(features=features), None, "cpu", attempt, lambda text: None, lambda *_: None)  # pyright: ignore
+    assert loaded == ([features, "inception"] if chosen == "dinov2" else [features])
+    assert refused == ["is"]
+
+
+def test_every_metric_is_given_what_it_reads_of_one_pass_of_the_network() -> None:
+    passes: list[int] = []
+
+    class Classes(Means):
+        classes = 3
+
+        def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+            passes.append(len(pictures))
+            return super().__call__(pictures)
+
+        def logits(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    stream = Stream(Classes(), ["fid", "is", "pr"], None)  # pyright: ignore[reportArgumentType]
+    meters = stream.meters()
+    pictures = torch.randint(0, 9, (12, 3, 4, 4), dtype=torch.uint8)
+    stream.update(meters, pictures, range(12))
+    alone = InceptionScore(3)
+    alone.update(2 * pictures.float().mean((2, 3)))
+    assert passes == [12]
+    assert meters["is"].compute() == alone.compute()
+    assert np.array_equal(meters["pr"].rows(), pictures.float().mean((2, 3)).numpy())
+    assert meters["fid"].n == 12

@@ -209,6 +209,7 @@ def test_methods_stack():
 def test_full_owns_float32_copies_under_the_denoisers_names():
     net = unet().to(torch.bfloat16)
     tuner = build(net, "full", (), shaken=False)
+    assert tuner_class("full").build(method_config("full", {}), net, (), 4).vae_scale == 4
     assert list(dict(tuner.named_parameters())) == list(dict(net.named_parameters()))
     assert {p.dtype for p in tuner.parameters()} == {torch.float32}
     model = TunedBackbone(net, tuner)
