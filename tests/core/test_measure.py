@@ -63,6 +63,13 @@ def test_slow_work_is_repeated_three_times_and_then_until_patience_ends(
     assert len(runs) == 1 + expected
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(20.0, 4), (20.2, 3)])
+def test_patience_is_a_minute(seconds: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = clock(monkeypatch, seconds)
+    in_turns({"a": lambda: runs.append("a") or 1.0}, repeats=9)
+    assert len(runs) == 1 + expected
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_that_of_the_work() -> None:
     peak = PeakMemory("cpu")

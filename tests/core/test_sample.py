@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,6 +225,22 @@ def test_samples_on_disk_say_what_they_show(tmp_path: Path) -> None:
     with pytest.raises(SctoolError, match="nothing was drawn"):
         write_samples(tmp_path, iter(()), {})
     assert not (tmp_path / "metadata.jsonl").exists(), "a folder that has one is complete"
+
+
+def test_samplers_are_diffusers_own_with_the_bases_noise_schedule(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def sample(self: Any, pipe: Any, noise: torch.Tensor, *_: Any) -> torch.Tensor:
+        used.append((type(pipe.scheduler).__name__, pipe.scheduler.config.beta_end))
+        return noise
+
+    monkeypatch.setattr(type(backbone.family), "sample", sample)
+    for name in ("ddim", "dpm++", "unipc"):
+        list(sample_images(backbone, [Request("a", 0)], SampleConfig(scheduler=name)))
+    classes = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+    assert used == [(name, 0.012) for name in classes]
 
 
 def test_the_bases_own_scheduler_comes_back_after_sampling(backbone: Backbone) -> None:
