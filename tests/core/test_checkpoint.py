@@ -2,6 +2,7 @@
 
 import json
 import types
+from importlib.metadata import version
 
 import pytest
 import safetensors.torch
@@ -51,6 +52,30 @@ def test_the_file_says_what_it_is(base, tuner, tmp_path):
 def test_equal_tuners_give_equal_files(base, tuner, tmp_path):
     first = save_tuner(tmp_path / "a", tuner, base, run="one").read_bytes()
     assert all(save_tuner(tmp_path / "b", tuner, base, run=f"run {i}").read_bytes() == first for i in range(8))
+
+
+def test_the_order_in_which_maps_are_described_does_not_change_the_file(base, tuner, tmp_path):
+    maps = {"canny": {"low": 100, "high": 200}, "color": {"cells": 8}}
+    turned = {name: dict(reversed(rule.items())) for name, rule in reversed(maps.items())}
+    files = [save_tuner(tmp_path / name, tuner, base, maps=m).read_bytes() for name, m in (("a", maps), ("b", turned))]
+    assert files[0] == files[1]
+
+
+def test_a_tuner_is_counted_and_comes_back_with_its_weights(base, tuner, tmp_path):
+    with torch.no_grad():
+        for number, parameter in enumerate(tuner.parameters()):
+            parameter.fill_(number)
+    file = save_tuner(tmp_path, tuner, base)
+    meta = read_meta(tmp_path)
+    assert meta["parameters"] == sum(p.numel() for p in tuner.parameters())
+    assert (meta["format"], meta["vae_scale"], meta["maps"]) == (1, 4, {})
+    assert meta["sctool"] == version("sctool")
+    loaded = load_tuner(file, base)
+    assert loaded.vae_scale == 4
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), tuner.parameters(), strict=True))
+    stored = safetensors.torch.load_file(file)
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    assert load_tuner(file, base.denoiser).method == "scedit", "a bare denoiser has no identity to check"
 
 
 def test_a_file_a_tuner_folder_and_a_run_folder_are_one(base, tuner, tmp_path):

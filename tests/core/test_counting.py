@@ -78,6 +78,25 @@ def test_unknown_bases_are_named(tmp_path):
         architecture(str(tmp_path))
 
 
+def test_variants_that_a_base_does_not_allow_are_left_out_and_the_rest_counted():
+    small = {
+        "block_out_channels": (8, 16), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 1, "norm_num_groups": 4,
+        "cross_attention_dim": 8, "attention_head_dim": 4,
+    }  # fmt: skip
+    base = Architecture("own", {"_class_name": "UNet2DConditionModel", **small}, 8)
+    rows = {row.variant.label: row for row in counts(base)}
+    fitting = [v.label for method in TUNERS.values() for v in method.variants if "skips" not in v.settings]
+    assert [label for label in rows if label in fitting] == fitting
+    assert not [label for label in rows if "skips" in label], "this base has four skips"
+    total = sum(p.numel() for p in base.denoiser().parameters())
+    assert (rows["full fine-tuning"].trainable, rows["full fine-tuning"].percent) == (total, 100)
+    skips = [8, 8, 8, 16]
+    assert rows["SC-Tuner"].trainable == sum(2 * c * c + 2 * c for c in skips)
+    assert rows["SC-Tuner"].percent == pytest.approx(100 * rows["SC-Tuner"].trainable / total)
+    assert rows["CSC-Tuner, 2 conditions"].trainable == 2 * rows["CSC-Tuner, kernel 1"].trainable
+
+
 def test_family():
     assert architecture("sdxl").family.name == "sdxl"
     assert Architecture("own", {}, 4).family.name == "sd"

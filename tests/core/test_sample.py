@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,17 @@ from sctool.cli.sample import read_hints, split_scale
 from sctool.core.backbones.loading import Backbone, load_backbone
 from sctool.core.checkpoint import save_tuner
 from sctool.core.config import SampleConfig, SCEditConfig
-from sctool.core.errors import UsageError
-from sctool.core.sampling import Request, initial_noise, sample_images
+from sctool.core.errors import SctoolError, UsageError
+from sctool.core.sampling import (
+    Request,
+    batched,
+    check_sizes,
+    hint_tensor,
+    initial_noise,
+    sample_images,
+    sampling_protocol,
+    write_samples,
+)
 from sctool.core.tuners.scedit import SCEdit
 
 
@@ -157,3 +167,118 @@ def test_scale_after_a_colon() -> None:
 def test_a_hint_without_a_file() -> None:
     with pytest.raises(UsageError, match="NAME=FILE"):
         read_hints(["canny"], [], 32)
+
+
+def test_noise_of_a_seed_is_torchs_own() -> None:
+    expected = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(initial_noise([7], (4, 8, 8)), expected)
+
+
+def test_requests_share_a_batch_up_to_its_size_and_only_with_the_same_hints() -> None:
+    hint = np.zeros((8, 8, 3), np.uint8)
+    requests = [Request("a", i, {"canny": hint} if i in (3, 4) else {}) for i in range(8)]
+    assert [[r.seed for r in batch] for batch in batched(requests, 2)] == [[0, 1], [2], [3, 4], [5, 6], [7]]
+    assert [[r.seed for r in batch] for batch in batched(requests, 8)] == [[0, 1, 2], [3, 4], [5, 6, 7]]
+    assert list(batched([], 2)) == []
+
+
+def test_hints_become_numbers_from_0_to_1() -> None:
+    hints = [np.full((2, 4, 3), value, np.uint8) for value in (0, 51, 255)]
+    hints[1][0, 3] = (255, 0, 51)
+    tensor = hint_tensor(hints)
+    assert tensor.shape == (3, 3, 2, 4)
+    torch.testing.assert_close(tensor[:, 0, 1, 0], torch.tensor([0, 0.2, 1]))
+    torch.testing.assert_close(tensor[1, :, 0, 3], torch.tensor([1, 0, 0.2]))
+
+
+@pytest.mark.parametrize(
+    ("size", "hint", "reason"),
+    [(36, None, "size=36 is not divisible by 8"), (40, (32, 40), "hint 'canny' is 40x32 px, the image 40x40"),
+     (None, (40, 40), "the image 32x32 px"), (40, (40, 40), None), (None, (32, 32), None)],
+)  # fmt: skip
+def test_sizes_are_checked_before_anything_is_drawn(
+    backbone: Backbone, size: int | None, hint: tuple[int, int] | None, reason: str | None
+) -> None:
+    hints = {"canny": np.zeros((*hint, 3), np.uint8)} if hint else {}
+    config = SampleConfig(size=size)
+    if reason is None:
+        check_sizes(backbone, [Request("a", 0, hints)], config)
+        return
+    with pytest.raises(UsageError, match=reason):
+        check_sizes(backbone, [Request("a", 0), Request("a", 0, hints)], config)
+
+
+def test_the_protocol_names_all_that_decides_an_image(backbone: Backbone) -> None:
+    config = SampleConfig(steps=7, guidance=2.0, scheduler="unipc", negative="bad")
+    protocol = sampling_protocol(backbone, config, [{"id": "t", "scale": 0.5}])
+    assert protocol == {
+        "base": {"id": backbone.id, "hash": backbone.hash, "family": "sd"}, "tuners": [{"id": "t", "scale": 0.5}],
+        **config.model_dump(mode="json"), "size": 32,
+    }  # fmt: skip
+    assert sampling_protocol(backbone, SampleConfig(size=64))["size"] == 64
+
+
+def test_samples_on_disk_say_what_they_show(tmp_path: Path) -> None:
+    """Images, hints, references and class maps under the names of the table; a short sheet beside them."""
+    pixels = [np.full((8, 8, 3), value, np.uint8) for value in range(40)]
+    requests = [Request(f"p{i}", 10 + i) for i in range(40)]
+    requests[1] = Request("x", 5, {"seg": pixels[3]}, pixels[4], "photo", "cat", {"seg": pixels[6][..., 0]})
+    paths = write_samples(tmp_path, iter(zip(requests, pixels, strict=True)), {"steps": 3})
+    assert paths == [tmp_path / f"{i:06d}.png" for i in range(40)]
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert rows[0] == {
+        "file_name": "000000.png", "prompt": "p0", "seed": 10, "key": "000000", "label": None, "reference": None,
+        "hints": {},
+    }  # fmt: skip
+    assert rows[1] == {
+        "file_name": "000001.png", "prompt": "x", "seed": 5, "key": "photo", "label": "cat",
+        "reference": "reference/000001.png", "hints": {"seg": "seg/000001.png"}, "maps": {"seg": "maps/seg/000001.png"},
+    }  # fmt: skip
+    files = ("000001.png", "seg/000001.png", "reference/000001.png", "maps/seg/000001.png")
+    for name, value in zip(files, (1, 3, 4, 6), strict=True):
+        assert (picture(tmp_path / name) == value).all()
+    assert json.loads((tmp_path / "sampling.json").read_text()) == {"steps": 3}
+    assert json.loads(Image.open(tmp_path / "000001.png").info["sctool"]) == {**rows[1], "steps": 3}
+    assert (tmp_path / "sheet.png").is_file()
+    with pytest.raises(SctoolError, match="nothing was drawn"):
+        write_samples(tmp_path, iter(()), {})
+    assert not (tmp_path / "metadata.jsonl").exists(), "a folder that has one is complete"
+
+
+def test_samplers_are_diffusers_own_with_the_bases_noise_schedule(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def sample(self: Any, pipe: Any, noise: torch.Tensor, *_: Any) -> torch.Tensor:
+        used.append((type(pipe.scheduler).__name__, pipe.scheduler.config.beta_end))
+        return noise
+
+    monkeypatch.setattr(type(backbone.family), "sample", sample)
+    for name in ("ddim", "dpm++", "unipc"):
+        list(sample_images(backbone, [Request("a", 0)], SampleConfig(scheduler=name)))
+    classes = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+    assert used == [(name, 0.012) for name in classes]
+
+
+def test_the_bases_own_scheduler_comes_back_after_sampling(backbone: Backbone) -> None:
+    before = backbone.pipe.scheduler
+    list(sample_images(backbone, [Request("a", 0)], SampleConfig(steps=1, scheduler="unipc")))
+    assert backbone.pipe.scheduler is before
+
+
+def test_progress_counts_images_and_prompts_are_encoded_by_whom_they_are_given_to(backbone: Backbone) -> None:
+    prompts: list[list[str]] = []
+    counts: list[int] = []
+
+    def encode(texts: list[str]) -> dict[str, torch.Tensor]:
+        prompts.append(texts)
+        return backbone.encode_prompts(texts)
+
+    requests = [Request(f"p{i}", i) for i in range(3)]
+    config = SampleConfig(steps=1, batch=2, negative="no")
+    images = list(sample_images(backbone, requests, config, counts.append, encode))
+    assert prompts == [["no"], ["p0", "p1"], ["p2"]]
+    assert counts == [2, 1]
+    assert [request.seed for request, _ in images] == [0, 1, 2]
+    assert {image.shape for _, image in images} == {(32, 32, 3)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from sctool.cli import run
 from sctool.core.backbones.architectures import KNOWN, architecture
 from sctool.core.backbones.bases import resolution
 from sctool.core.backbones.families import FAMILIES, family_of_denoiser, family_of_pipeline
+from sctool.core.backbones.families.base import Family
 from sctool.core.backbones.loading import autoencoder_dtype, load_backbone
+from sctool.core.config import SampleConfig
 from sctool.core.errors import UsageError
 
 
@@ -58,6 +62,116 @@ def test_predict_is_the_denoisers_own_call() -> None:
     expected = net(latents, t, rows["prompt_embeds"], added_cond_kwargs=added).sample
     assert torch.equal(family.predict(net, latents, t, rows), expected)
     assert family.dummy_rows(net.config, 1, "cpu")["pooled"].shape == (1, 10)
+
+
+class Pipeline:
+    """Stands for a diffusers pipeline: notes what it is called with."""
+
+    vae_scale_factor = 8
+
+    def __call__(self, **arguments: Any) -> tuple[torch.Tensor]:
+        self.arguments = arguments
+        return (arguments["latents"] + 1,)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_sampling_is_one_call_of_the_pipeline_with_the_configs_steps_and_guidance(family: Family) -> None:
+    pipe, noise = Pipeline(), torch.randn(3, 4, 6, 5)
+    rows = {"prompt_embeds": torch.randn(3, 7, 2), "pooled": torch.randn(3, 4)}
+    null = {"prompt_embeds": torch.randn(1, 7, 2), "pooled": torch.randn(1, 4)}
+    config = SampleConfig(steps=11, guidance=3.5, rescale=0.25)
+    hints = {"canny": torch.rand(3, 3, 48, 40)}
+    assert torch.equal(family.sample(pipe, noise, rows, null, config, hints), noise + 1)
+    plain = {name: value for name, value in pipe.arguments.items() if not isinstance(value, torch.Tensor)}
+    assert plain == {
+        "height": 48, "width": 40, "num_inference_steps": 11, "guidance_scale": 3.5, "guidance_rescale": 0.25,
+        "output_type": "latent", "return_dict": False, "cross_attention_kwargs": {"hint": hints},
+    }  # fmt: skip
+    expected = {"latents": noise, "prompt_embeds": rows["prompt_embeds"]}
+    expected["negative_prompt_embeds"] = null["prompt_embeds"].repeat(3, 1, 1)
+    if family.name == "sdxl":
+        expected["pooled_prompt_embeds"] = rows["pooled"]
+        expected["negative_pooled_prompt_embeds"] = null["pooled"].repeat(3, 1)
+    assert pipe.arguments.keys() - plain.keys() == expected.keys()
+    assert all(torch.equal(pipe.arguments[name], value) for name, value in expected.items())
+    family.sample(pipe, noise, rows, null, config, None)
+    assert "cross_attention_kwargs" not in pipe.arguments
+
+
+class Encoding:
+    """Stands for a pipeline's prompt encoder of either kind."""
+
+    text_encoder = SimpleNamespace(device=torch.device("cpu"))
+
+    def __init__(self, outputs: int) -> None:
+        self.outputs = outputs
+
+    def encode_prompt(
+        self, prompt: list[str], device: Any, num_images_per_prompt: int, do_classifier_free_guidance: bool
+    ) -> tuple[torch.Tensor | None, ...]:
+        assert (device, num_images_per_prompt, do_classifier_free_guidance) == (torch.device("cpu"), 1, False)
+        lengths = torch.tensor([float(len(text)) for text in prompt])
+        return (lengths[:, None, None], None, lengths[:, None] * 10, None)[: self.outputs]
+
+
+def test_prompts_are_encoded_once_each_without_guidance() -> None:
+    sd, sdxl = FAMILIES
+    rows = sd.encode_prompts(Encoding(2), ["a", "bcd"])
+    assert rows.keys() == {"prompt_embeds"}
+    assert rows["prompt_embeds"].flatten().tolist() == [1, 3]
+    rows = sdxl.encode_prompts(Encoding(4), ["a", "bcd"])
+    assert rows["prompt_embeds"].shape == (2, 1, 1)
+    assert rows["pooled"].flatten().tolist() == [10, 30]
+
+
+def test_the_shorter_of_two_tokenizers_decides_what_is_too_long() -> None:
+    def tokenizer(most: int) -> Any:
+        def encode(prompt: str, truncation: bool, verbose: bool) -> Any:
+            return SimpleNamespace(input_ids=list(prompt)[: most if truncation else None])
+
+        encode.model_max_length = most  # pyright: ignore[reportFunctionMemberAccess]
+        return encode
+
+    both = SimpleNamespace(tokenizer=tokenizer(9), tokenizer_2=tokenizer(4))
+    assert [FAMILIES[1].too_long(both, "x" * length) for length in (4, 5, 10)] == [False, True, True]
+    one = SimpleNamespace(tokenizer=tokenizer(4), tokenizer_2=None)
+    assert [FAMILIES[0].too_long(one, "x" * length) for length in (4, 5)] == [False, True]
+
+
+def test_the_training_size_is_the_first_side_where_a_config_has_two() -> None:
+    assert [FAMILIES[0].latent_size({"sample_size": size}) for size in (64, [32, 48])] == [64, 32]
+
+
+def test_sizes_are_numbers_of_full_precision_whatever_the_batch() -> None:
+    ids = FAMILIES[1].size_rows(2, 1000, torch.device("cpu"))["time_ids"]
+    assert ids.dtype == torch.float32
+    assert ids.tolist() == [[1000, 1000, 0, 0, 1000, 1000]] * 2
+    assert FAMILIES[0].size_rows(2, 1000, torch.device("cpu")) == {}
+
+
+def test_dummy_rows_have_the_encoders_shapes() -> None:
+    rows = {name: tuple(row.shape) for name, row in FAMILIES[1].dummy_rows(KNOWN["sdxl"], 3, "cpu").items()}
+    assert rows == {"prompt_embeds": (3, 77, 2048), "pooled": (3, 1280), "time_ids": (3, 6)}
+
+
+def test_hints_reach_the_denoiser_through_its_open_channel() -> None:
+    calls = []
+
+    class Denoiser(torch.nn.Module):
+        dtype = torch.bfloat16
+
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[Any]:
+            calls.append((args, kwargs))
+            return (args[0],)
+
+    latents, t, rows = torch.randn(1, 4, 2, 2), torch.tensor([5]), {"prompt_embeds": torch.randn(1, 3, 2)}
+    hints = {"canny": torch.rand(1, 3, 16, 16)}
+    for given in (hints, None, {}):
+        assert FAMILIES[0].predict(Denoiser(), latents, t, rows, given).dtype == torch.bfloat16
+        (sample, timestep, embeds), options = calls.pop()
+        assert sample.dtype == embeds.dtype == torch.bfloat16
+        assert timestep is t
+        assert options == {"return_dict": False, **({"cross_attention_kwargs": {"hint": hints}} if given else {})}
 
 
 def altered(base: Path, folder: Path, channels: int) -> Path:

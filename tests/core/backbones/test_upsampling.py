@@ -69,3 +69,54 @@ def test_what_is_trained_or_hooked_stays():
     net.up_blocks[0].upsamplers[0].conv.register_forward_hook(lambda *_: None)
     assert fold_upsampling(net) == 0
     assert type(net.up_blocks[0].upsamplers[0]) is Upsample2D
+
+
+def test_every_upsampler_of_a_deeper_unet_is_folded_and_counted():
+    net = UNet2DConditionModel(
+        block_out_channels=(8, 8, 16), down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3,
+        layers_per_block=1, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
+    )  # fmt: skip
+    net.requires_grad_(False).eval()
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8)
+    expected = net(x, 3, text).sample
+    assert fold_upsampling(net) == 2
+    assert sum(isinstance(module, PhaseUpsample2D) for module in net.modules()) == 2
+    torch.testing.assert_close(net(x, 3, text).sample, expected)
+
+
+def other(**changes):
+    """A holder of an upsampler whose convolution differs from the plain one in one respect."""
+    upsampler = Upsample2D(4, use_conv=changes.pop("use_conv", True), norm_type=changes.pop("norm_type", None))
+    if changes:
+        upsampler.conv = torch.nn.Conv2d(4, 4, **{"kernel_size": 3, "padding": 1, **changes})
+    return torch.nn.Sequential(upsampler).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kernel_size": 5, "padding": 2}, {"padding": 2}, {"stride": 2}, {"dilation": 2}, {"groups": 2},
+        {"padding_mode": "reflect"}, {"use_conv": False}, {"norm_type": "ln_norm"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_upsamplers_of_another_kind_stay(changes):
+    assert fold_upsampling(other(**changes)) == 0
+    assert fold_upsampling(other()) == 1
+
+
+def test_an_upsampler_with_any_hook_stays():
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        for part in (0, 1):
+            net = other()
+            getattr((net[0], net[0].conv)[part], register)(lambda *_: None)
+            assert fold_upsampling(net) == 0
+
+
+def test_folded_weights_keep_their_precision_and_the_modules_mode():
+    net = other().to(torch.bfloat16).eval()
+    fold_upsampling(net)
+    assert net[0].phases.dtype == torch.bfloat16
+    assert net[0].phases.shape == (16, 4, 2, 2)
+    assert not net[0].training
+    assert "phases" not in " ".join(net.state_dict())

@@ -84,6 +84,15 @@ def test_transparency_is_laid_on_white():
     assert decode_rgb(save(Image.new("LA", (2, 1), (7, 0))))[0, 0].tolist() == [255, 255, 255]
 
 
+@pytest.mark.parametrize("alpha", [0, 1, 100, 200, 254, 255])
+def test_partly_transparent_colours_are_mixed_with_white(alpha):
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0, :, :3] = (200, 100, 3), (255, 255, 255), (0, 77, 128)
+    rgba[..., 3] = alpha
+    expected = rgba[..., :3] * (alpha / 255) + 255 * (1 - alpha / 255)
+    assert np.abs(decode_rgb(save(Image.fromarray(rgba))) - expected).max() <= 0.51
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -211,6 +220,11 @@ def test_hints_are_rgb_and_masks_hide():
     hidden = condition("mask").render(mask, image)
     assert hidden[1].max() == 0
     assert (hidden[[0, 2, 3]] == 9).all()
+    colour = np.dstack([mask, np.zeros_like(mask), np.zeros_like(mask)])
+    assert np.array_equal(condition("mask").render(colour, image), hidden), "the first channel decides"
+    grey = np.full((4, 4), 127, np.uint8)
+    assert condition("mask").render(grey, image).min() == 9
+    assert condition("mask").render(grey + 1, image).max() == 0
     assert condition("mask").needs_image
     assert not condition("canny").needs_image
     assert np.array_equal(condition("canny").render(mask, image), mask[..., None].repeat(3, axis=2))

@@ -163,6 +163,16 @@ def test_maps_folder_of_one_condition(tmp_path):
         open_source(tmp_path / "set", tmp_path / "other")
 
 
+def test_maps_folder_of_one_condition_in_shards(tmp_path):
+    put_tar(tmp_path / "set/00000.tar", [("a.png", picture()), ("b.png", picture(1)), ("b.edges.png", picture(2))])
+    put_tar(tmp_path / "edges/00000.tar", [("a.png", picture(7)), ("b.edges.png", picture(8)), ("c.png", picture(9))])
+    maps = {record.key: record.maps for record in open_source(tmp_path / "set", tmp_path / "edges").records}
+    assert {key: {cond: blob.read() for cond, blob in value.items()} for key, value in maps.items()} == {
+        "a": {"edges": picture(7)},
+        "b": {"edges": picture(8)},
+    }, "the folder's maps come before the set's own"
+
+
 def test_columns_in_order_of_precedence(tmp_path):
     for name in ("a.png", "b.png", "train/c.png", "train/d.png", "train/e.png"):
         put(tmp_path / name, picture())
@@ -206,6 +216,15 @@ def test_columns_that_are_maps(tmp_path):
     (record,) = source.records
     assert {cond: blob.name for cond, blob in record.maps.items()} == {"canny": "e.png", ANY: "s.png", "any": "d.png"}
     assert record.meta == row
+
+
+def test_columns_that_name_no_file_are_no_maps(tmp_path):
+    put(tmp_path / "a.png", picture())
+    row = {"canny": 3, "depth": None, "seg_file_name": None, "pose_file_name": False, "hed": ["a.png"]}
+    put(tmp_path / "metadata.jsonl", lines({"file_name": "a.png"} | row))
+    source = open_source(tmp_path)
+    assert [record.maps for record in source] == [{}]
+    assert not source.faults
 
 
 def test_tables_as_one_json_list(tmp_path):

@@ -13,7 +13,7 @@ from sctool.core.config import Config
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.sites.attaching import TunedBackbone, tuned
 from sctool.core.sites.inputs import class_tables, input_layer
-from sctool.core.sites.layers import layers
+from sctool.core.sites.layers import layer_site, layers
 from sctool.core.sites.skips import middle, skips
 from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners.base import SiteTuner
@@ -163,6 +163,15 @@ def test_layers_are_chosen_by_name_on_the_meta_device_too():
         layers(unet(), "(")
 
 
+def test_a_layer_site_has_the_layers_geometry():
+    convolution = layer_site("c", nn.Conv2d(3, 5, (3, 1), stride=2, padding=(1, 0)))
+    assert (convolution.inputs, convolution.outputs, convolution.linear) == (3, 5, False)
+    assert (convolution.kernel, convolution.stride, convolution.padding) == ((3, 1), (2, 2), (1, 0))
+    linear = layer_site("l", nn.Linear(3, 5))
+    assert (linear.inputs, linear.outputs, linear.linear) == (3, 5, True)
+    assert (linear.kernel, linear.stride, linear.padding) == ((1, 1), (1, 1), (0, 0))
+
+
 def test_a_low_rank_tuner_on_layers_equals_pefts_lora():
     net, pattern = unet(), r".*attn[12]\.to_[qv]$"
     tuner = LowRank(layers(net, pattern))
@@ -289,6 +298,51 @@ def test_class_rows_extend_the_table_of_a_transformer():
         net(LATENTS, STEPS, labels)
     with pytest.raises(SctoolError, match="no class table"):
         class_tables(unet())
+
+
+def test_the_first_further_class_is_the_one_after_the_tables_last():
+    net = dit()
+    tuner = Rows(class_tables(net))
+    wide = copy.deepcopy(net)
+    for site in class_tables(net):
+        table = wide.get_submodule(site.name)
+        table.weight = nn.Parameter(torch.cat([table.weight, tuner.rows.detach()]))
+    labels = torch.tensor([6, 5])
+    with tuned(net, tuner):
+        out = net(LATENTS, STEPS, labels, return_dict=False)[0]
+    torch.testing.assert_close(out, wide(LATENTS, STEPS, labels, return_dict=False)[0])
+
+
+def test_ids_beyond_the_table_read_its_first_row_before_they_are_edited():
+    net = dit()
+    with tuned(net, Adding(*class_tables(net), value=0.0)):
+        outs = [net(LATENTS, STEPS, torch.tensor([label, 2]), return_dict=False)[0] for label in (0, 6, 9)]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_conditions_share_one_weight_unless_a_tuner_says_otherwise():
+    net = unet()
+    tuner = Columns(net, "canny", "color")
+    assert (tuner.weights, tuner.normalize) == ({}, True)
+    first, second = ({"hint": {name: hint()}} for name in ("canny", "color"))
+    both = {"hint": {"canny": hint(), "color": hint()}}
+    tuner.columns["color"] = tuner.columns["canny"]
+    with tuned(net, tuner):
+        one, other, together = (call(net, cross_attention_kwargs=given) for given in (first, second, both))
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(together, one, msg="half of each, not the sum")
+
+
+def test_class_rows_leave_no_hook_and_no_ids_behind():
+    net = dit()
+    tuner = Rows(class_tables(net))
+    labels = torch.tensor([1, 5])
+    before = net(LATENTS, STEPS, labels, return_dict=False)[0]
+    with tuned(net, tuner):
+        known = net(LATENTS, STEPS, labels, return_dict=False)[0]
+    assert torch.equal(known, before), "ids within the table read its own rows"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
 # ------------------------------------------------------------------------------------------------ reading inputs

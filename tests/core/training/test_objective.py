@@ -227,6 +227,7 @@ def test_unmarked_images_are_held_out_by_the_seed_and_never_trained_on():
         (("train", "validation", None, "test"), ["0", "2"], ["1"]),
         (("train", "test", None, "test"), ["0", "2"], ["1", "3"]),
         (("val", "validation", "train"), ["2"], ["1"]),
+        (("test", "val", "train"), ["2"], ["1"]),
     ],
 )
 def test_marked_images_are_held_out(splits, training, held_out):

@@ -209,6 +209,7 @@ def test_methods_stack():
 def test_full_owns_float32_copies_under_the_denoisers_names():
     net = unet().to(torch.bfloat16)
     tuner = build(net, "full", (), shaken=False)
+    assert tuner_class("full").build(method_config("full", {}), net, (), 4).vae_scale == 4
     assert list(dict(tuner.named_parameters())) == list(dict(net.named_parameters()))
     assert {p.dtype for p in tuner.parameters()} == {torch.float32}
     model = TunedBackbone(net, tuner)
@@ -223,6 +224,20 @@ def test_full_takes_neither_conditions_nor_scales():
         build(net, "full", ("canny",))
     with pytest.raises(UsageError, match="no scale"), tuned(net, build(net, "full", ()), scales=0.5):
         pass
+
+
+def test_full_weights_of_another_base_are_refused():
+    net = unet()
+    tuner = build(net, "full", ())
+    fewer, wider = copy.deepcopy(net), copy.deepcopy(net)
+    fewer.conv_out.bias = None
+    wider.conv_out.bias = torch.nn.Parameter(torch.zeros(9))
+    for other in (fewer, wider):
+        before = dict(other.named_parameters())
+        with pytest.raises(SctoolError, match="another base"), tuned(other, tuner):
+            pass
+        assert all(p is before[name] for name, p in other.named_parameters())
+    assert tuner.describe_sites() == [f"all {sum(p.numel() for p in net.parameters()):,} weights"]
 
 
 def test_unknown_names_are_answered_with_the_nearest():
