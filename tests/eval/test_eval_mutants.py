@@ -25,7 +25,7 @@ from sctool.eval.control.soft_edges import SoftEdgeScore
 from sctool.eval.intervals import jackknife
 from sctool.eval.options import Options
 from sctool.eval.sets.cmmd import ClipDiscrepancy
-from sctool.eval.sets.frechet import FrechetDistance, FrechetStats
+from sctool.eval.sets.frechet import FrechetDistance, FrechetStats, small_sample_note
 from sctool.eval.sets.inception_score import InceptionScore
 from sctool.eval.sets.kid import KernelDistance
 from sctool.eval.sets.metrics import Stream, streams
@@ -37,6 +37,20 @@ def features(n: int, seed: int = 0, dim: int = 5) -> np.ndarray:
     return np.random.default_rng(seed).normal(0.2 * seed, 1, (n, dim)).astype(np.float32)
 
 
+# -------------------------------------------------------------------------------------------------- intervals
+
+
+def test_an_interval_is_of_a_thousand_seeded_resamples_and_says_so() -> None:
+    values = np.random.default_rng(1).normal(0.5, 0.2, 30)
+    score = ClipScore()
+    for value in values:
+        score.update(torch.tensor([[value]]), torch.ones(1, 1))
+    random = np.random.default_rng(0)
+    means = np.concatenate([values[random.integers(0, 30, (50, 30))].mean(1) for _ in range(20)])
+    assert score.intervals()["cos"] == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=1e-6)
+    assert "1000 resamples" in str(EdgeScore().protocol)
+
+
 # ------------------------------------------------------------------------------------------------- whole sets
 
 
@@ -46,6 +60,13 @@ def test_ten_pictures_are_enough_for_an_interval_and_nine_are_not() -> None:
         for meter in (PrecisionRecall(), KernelDistance(), ClipDiscrepancy()):
             meter.update(features(count))
             assert all((estimate.interval is not None) == there for estimate in meter.compute(real).values())
+
+
+def test_documented_sizes_of_subsets_and_of_large_sets() -> None:
+    assert KernelDistance.protocol["subsets"] == "100 of 1000 or all, seed 2020"
+    assert small_sample_note("FID", 10_000, 2048) is None
+    assert "9999 pictures: biased" in str(small_sample_note("FID", 9999, 2048))
+    assert [bool("fewer" in str(small_sample_note("FID", n, 2048))) for n in (2047, 2048)] == [True, False]
 
 
 def test_a_jackknife_interval_is_kept_within_its_limits() -> None:
