@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from sctool.core.config import TrainConfig
+from sctool.core.data.records import BytesBlob, Record, Source
 from sctool.core.errors import SctoolError
 from sctool.core.progress import Progress
+from sctool.core.training.splits import split_records
 from sctool.eval.clip_score import ClipScore
 from sctool.eval.control.colors import ColorScore
 from sctool.eval.control.depth import DepthScore
@@ -22,6 +25,7 @@ from sctool.eval.control.pose import PoseScore
 from sctool.eval.control.preservation import OutsideScore
 from sctool.eval.control.segmentation import SegmentationScore
 from sctool.eval.control.soft_edges import SoftEdgeScore
+from sctool.eval.heldout import evaluation_records
 from sctool.eval.intervals import jackknife
 from sctool.eval.options import Options
 from sctool.eval.sets.cmmd import ClipDiscrepancy
@@ -380,3 +384,31 @@ def test_every_metric_is_given_what_it_reads_of_one_pass_of_the_network() -> Non
     assert meters["is"].compute() == alone.compute()
     assert np.array_equal(meters["pr"].rows(), pictures.float().mean((2, 3)).numpy())
     assert meters["fid"].n == 12
+
+
+# ------------------------------------------------------------------------------------------------- held-out images
+
+
+@pytest.mark.parametrize(
+    ("splits", "evaluated"),
+    [
+        (("train", "validation", "test", "test"), "2 3"),
+        (("val", "train", "validation"), "2"),
+        (("val", "train"), "0"),
+    ],
+)
+def test_test_rows_are_evaluated_before_validation_rows(splits: tuple[str, ...], evaluated: str) -> None:
+    """The run itself was chosen by its validation rows."""
+    records = [Record(str(i), BytesBlob(b""), split=split) for i, split in enumerate(splits)]
+    source = Source("set", "textfolder", records)
+    assert " ".join(record.key for record in evaluation_records(source, None, TrainConfig())) == evaluated
+    own = Source("other", "textfolder", records[:1])
+    assert evaluation_records(source, own, TrainConfig(val_count=0)) == records[:1]
+
+
+def test_unmarked_data_are_evaluated_on_what_training_held_out() -> None:
+    source = Source("set", "textfolder", [Record(str(i), BytesBlob(b"")) for i in range(50)])
+    config = TrainConfig(val_count=4, seed=3)
+    held_out = split_records(source, None, config)[1]
+    assert len(held_out) == 4
+    assert evaluation_records(source, None, config) == held_out
