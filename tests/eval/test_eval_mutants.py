@@ -212,6 +212,32 @@ def test_edges_count_from_above_the_middle_grey_and_within_the_tolerance() -> No
     assert 0.8 < diagonal.compute()["f1@1px"] < 1, "the last pixel's neighbour is sqrt(2) away"
 
 
+def test_few_edges_found_are_a_low_figure_and_not_none() -> None:
+    hint = np.zeros((64, 64), np.uint8)
+    hint[10, 10:50] = 255
+    found = np.zeros_like(hint)
+    found[10, 10], found[40, 10:19] = 255, 255  # 1 of 10 is right; it and one beside it are covered, of 40
+    score = EdgeScore()
+    score.update_maps(found, hint)
+    assert score.compute()["f1@1px"] == pytest.approx(2 * 0.1 * 0.05 / 0.15)
+    assert score.compute()["f1"] == pytest.approx(2 / 50)
+
+
+def test_the_smallest_maps_with_five_scales_are_176_pixels() -> None:
+    for side, there in ((176, True), (175, False)):
+        map = np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
+        score = SoftEdgeScore()
+        score.update_maps(map, map)
+        assert ("ms_ssim" in score.compute()) == there
+
+
+def test_skipped_images_are_all_counted() -> None:
+    score = OutsideScore()
+    for _ in range(3):
+        score.update_maps(np.ones((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8))
+    assert (score.skipped, score.n) == (3, 0)
+
+
 def test_palettes_are_compared_with_the_filter_that_made_the_hint() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for name, filter in (("cubic", cv2.INTER_CUBIC), ("area", cv2.INTER_AREA)):
