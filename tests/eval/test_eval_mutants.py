@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from sctool.core.config import TrainConfig
+from sctool.core.data.records import BytesBlob, Record, Source
 from sctool.core.errors import SctoolError
 from sctool.core.progress import Progress
+from sctool.core.training.splits import split_records
 from sctool.eval.clip_score import ClipScore
 from sctool.eval.control.colors import ColorScore
 from sctool.eval.control.depth import DepthScore
@@ -22,10 +25,11 @@ from sctool.eval.control.pose import PoseScore
 from sctool.eval.control.preservation import OutsideScore
 from sctool.eval.control.segmentation import SegmentationScore
 from sctool.eval.control.soft_edges import SoftEdgeScore
+from sctool.eval.heldout import evaluation_records
 from sctool.eval.intervals import jackknife
 from sctool.eval.options import Options
 from sctool.eval.sets.cmmd import ClipDiscrepancy
-from sctool.eval.sets.frechet import FrechetDistance, FrechetStats
+from sctool.eval.sets.frechet import FrechetDistance, FrechetStats, small_sample_note
 from sctool.eval.sets.inception_score import InceptionScore
 from sctool.eval.sets.kid import KernelDistance
 from sctool.eval.sets.metrics import Stream, streams
@@ -37,6 +41,20 @@ def features(n: int, seed: int = 0, dim: int = 5) -> np.ndarray:
     return np.random.default_rng(seed).normal(0.2 * seed, 1, (n, dim)).astype(np.float32)
 
 
+# -------------------------------------------------------------------------------------------------- intervals
+
+
+def test_an_interval_is_of_a_thousand_seeded_resamples_and_says_so() -> None:
+    values = np.random.default_rng(1).normal(0.5, 0.2, 30)
+    score = ClipScore()
+    for value in values:
+        score.update(torch.tensor([[value]]), torch.ones(1, 1))
+    random = np.random.default_rng(0)
+    means = np.concatenate([values[random.integers(0, 30, (50, 30))].mean(1) for _ in range(20)])
+    assert score.intervals()["cos"] == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=1e-6)
+    assert "1000 resamples" in str(EdgeScore().protocol)
+
+
 # ------------------------------------------------------------------------------------------------- whole sets
 
 
@@ -46,6 +64,13 @@ def test_ten_pictures_are_enough_for_an_interval_and_nine_are_not() -> None:
         for meter in (PrecisionRecall(), KernelDistance(), ClipDiscrepancy()):
             meter.update(features(count))
             assert all((estimate.interval is not None) == there for estimate in meter.compute(real).values())
+
+
+def test_documented_sizes_of_subsets_and_of_large_sets() -> None:
+    assert KernelDistance.protocol["subsets"] == "100 of 1000 or all, seed 2020"
+    assert small_sample_note("FID", 10_000, 2048) is None
+    assert "9999 pictures: biased" in str(small_sample_note("FID", 9999, 2048))
+    assert [bool("fewer" in str(small_sample_note("FID", n, 2048))) for n in (2047, 2048)] == [True, False]
 
 
 def test_a_jackknife_interval_is_kept_within_its_limits() -> None:
@@ -185,6 +210,32 @@ def test_edges_count_from_above_the_middle_grey_and_within_the_tolerance() -> No
     diagonal = EdgeScore()
     diagonal.update_maps(np.roll(hint, (1, 1), (0, 1)), hint)
     assert 0.8 < diagonal.compute()["f1@1px"] < 1, "the last pixel's neighbour is sqrt(2) away"
+
+
+def test_few_edges_found_are_a_low_figure_and_not_none() -> None:
+    hint = np.zeros((64, 64), np.uint8)
+    hint[10, 10:50] = 255
+    found = np.zeros_like(hint)
+    found[10, 10], found[40, 10:19] = 255, 255  # 1 of 10 is right; it and one beside it are covered, of 40
+    score = EdgeScore()
+    score.update_maps(found, hint)
+    assert score.compute()["f1@1px"] == pytest.approx(2 * 0.1 * 0.05 / 0.15)
+    assert score.compute()["f1"] == pytest.approx(2 / 50)
+
+
+def test_the_smallest_maps_with_five_scales_are_176_pixels() -> None:
+    for side, there in ((176, True), (175, False)):
+        map = np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
+        score = SoftEdgeScore()
+        score.update_maps(map, map)
+        assert ("ms_ssim" in score.compute()) == there
+
+
+def test_skipped_images_are_all_counted() -> None:
+    score = OutsideScore()
+    for _ in range(3):
+        score.update_maps(np.ones((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8))
+    assert (score.skipped, score.n) == (3, 0)
 
 
 def test_palettes_are_compared_with_the_filter_that_made_the_hint() -> None:
@@ -359,3 +410,31 @@ def test_every_metric_is_given_what_it_reads_of_one_pass_of_the_network() -> Non
     assert meters["is"].compute() == alone.compute()
     assert np.array_equal(meters["pr"].rows(), pictures.float().mean((2, 3)).numpy())
     assert meters["fid"].n == 12
+
+
+# ------------------------------------------------------------------------------------------------- held-out images
+
+
+@pytest.mark.parametrize(
+    ("splits", "evaluated"),
+    [
+        (("train", "validation", "test", "test"), "2 3"),
+        (("val", "train", "validation"), "2"),
+        (("val", "train"), "0"),
+    ],
+)
+def test_test_rows_are_evaluated_before_validation_rows(splits: tuple[str, ...], evaluated: str) -> None:
+    """The run itself was chosen by its validation rows."""
+    records = [Record(str(i), BytesBlob(b""), split=split) for i, split in enumerate(splits)]
+    source = Source("set", "textfolder", records)
+    assert " ".join(record.key for record in evaluation_records(source, None, TrainConfig())) == evaluated
+    own = Source("other", "textfolder", records[:1])
+    assert evaluation_records(source, own, TrainConfig(val_count=0)) == records[:1]
+
+
+def test_unmarked_data_are_evaluated_on_what_training_held_out() -> None:
+    source = Source("set", "textfolder", [Record(str(i), BytesBlob(b"")) for i in range(50)])
+    config = TrainConfig(val_count=4, seed=3)
+    held_out = split_records(source, None, config)[1]
+    assert len(held_out) == 4
+    assert evaluation_records(source, None, config) == held_out

@@ -371,3 +371,21 @@ def test_an_unmodified_pipeline_with_guidance_and_two_conditions(tiny_base, recw
     assert not torch.equal(both, base)
     assert torch.equal(draw(["a", "b"], start), base)
     assert not [w for w in recwarn if "not expected" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("factor", "strides"),
+    [(1, "1111111"), (2, "1121111"), (4, "1121211"), (8, "1121212"), (16, "1221212"), (128, "2222222")],
+)
+def test_the_stem_halves_where_the_paper_does_first(factor, strides):
+    stem = Stem(24, 1.0, factor)
+    assert "".join(str(layer.stride[0]) for layer in stem) == strides
+    assert [layer.in_channels for layer in stem] == [3, 16, 16, 32, 32, 96, 96]
+    assert stem[-1].out_channels == 24
+    assert stem(torch.rand(1, 3, 128, 128)).shape == (1, 24, 128 // factor, 128 // factor)
+
+
+@pytest.mark.parametrize("factor", [3, 6, 256])
+def test_a_factor_that_is_no_small_power_of_two_is_refused(factor):
+    with pytest.raises(UsageError, match=f"factor is {factor}"):
+        Stem(24, 1.0, factor)
