@@ -17,6 +17,7 @@ from sctool.core.data.records import BytesBlob, Record, Source
 from sctool.core.errors import SctoolError
 from sctool.core.progress import Progress
 from sctool.core.training.splits import split_records
+from sctool.eval.batches import Batch
 from sctool.eval.clip_score import ClipScore
 from sctool.eval.control.colors import ColorScore
 from sctool.eval.control.depth import DepthScore
@@ -25,14 +26,15 @@ from sctool.eval.control.pose import PoseScore
 from sctool.eval.control.preservation import OutsideScore
 from sctool.eval.control.segmentation import SegmentationScore
 from sctool.eval.control.soft_edges import SoftEdgeScore
+from sctool.eval.features.inception import InceptionFeatures
 from sctool.eval.heldout import evaluation_records
 from sctool.eval.intervals import jackknife
 from sctool.eval.options import Options
 from sctool.eval.sets.cmmd import ClipDiscrepancy
+from sctool.eval.sets.extraction import ExtractorMetrics, metrics_by_extractor
 from sctool.eval.sets.frechet import FrechetDistance, FrechetStats, small_sample_note
 from sctool.eval.sets.inception_score import InceptionScore
 from sctool.eval.sets.kid import KernelDistance
-from sctool.eval.sets.metrics import Stream, streams
 from sctool.eval.sets.precision_recall import PrecisionRecall
 from sctool.eval.sets.references import References
 
@@ -69,7 +71,7 @@ def test_ten_pictures_are_enough_for_an_interval_and_nine_are_not() -> None:
 def test_documented_sizes_of_subsets_and_of_large_sets() -> None:
     assert KernelDistance.protocol["subsets"] == "100 of 1000 or all, seed 2020"
     assert small_sample_note("FID", 10_000, 2048) is None
-    assert "9999 pictures: biased" in str(small_sample_note("FID", 9999, 2048))
+    assert "9999 images: biased" in str(small_sample_note("FID", 9999, 2048))
     assert [bool("fewer" in str(small_sample_note("FID", n, 2048))) for n in (2047, 2048)] == [True, False]
 
 
@@ -144,7 +146,7 @@ def test_a_clip_score_has_two_scales_and_counts_opposites_as_nothing_in_one() ->
     images = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-1.0, 0.0]])
     score.update(images, torch.tensor([[1.0, 0.0]] * 3), [4, 2, 9])
     assert score.compute() == pytest.approx({"cos": 0.2, "100": 20, "w2.5": 2.5 * 1.6 / 3})
-    assert score.each()["cos"] == pytest.approx({4: 1, 2: 0.6, 9: -1})
+    assert score.per_image()["cos"] == pytest.approx({4: 1, 2: 0.6, 9: -1})
 
 
 class Means:
@@ -166,7 +168,7 @@ def test_references_of_any_size_are_measured_in_order_and_bad_ones_are_listed(tm
     kept = np.delete(colours, 7, 0)
     for keep in (True, False):
         stats = tmp_path / "stats.npz"
-        references = References(Means(), str(tmp_path), stats, Progress(True), keep=keep)  # pyright: ignore
+        references = References(Means(), str(tmp_path), stats, Progress(True), store=keep)  # pyright: ignore
         real, identity = references.of(None, [], column)  # pyright: ignore[reportArgumentType]
         assert real.n == identity["n"] == 19
         assert real.moments is not None
@@ -289,7 +291,7 @@ def test_every_figure_belongs_to_the_position_of_its_picture() -> None:
         score = kind()
         for position, map in zip((7, 2, 4), maps, strict=True):
             score.update_maps(map, maps[0], position)
-        for name, values in score.each().items():
+        for name, values in score.per_image().items():
             wanted = [] if name == "ms_ssim" else [7, 2, 4]  # these are too small for its five scales
             assert list(values) == wanted, f"{name} of {kind.__name__}"
 
@@ -351,13 +353,13 @@ def test_one_network_serves_all_metrics_that_read_it(
     def references(extractor: Any, save: Path | None, keep: bool) -> Any:
         opened[extractor.name] = (save, keep)
 
-    monkeypatch.setattr("sctool.eval.sets.metrics.choose_features", lambda kind, **_: Named(kind))
-    monkeypatch.setattr("sctool.eval.sets.metrics.clip_features", lambda kind, **_: Named("own clip"))
+    monkeypatch.setattr("sctool.eval.sets.extraction.choose_features", lambda kind, **_: Named(kind))
+    monkeypatch.setattr("sctool.eval.sets.extraction.clip_features", lambda kind, **_: Named("own clip"))
     options = Options(features=features, save_stats=tmp_path / "s.npz")
-    found = streams(
+    groups = metrics_by_extractor(
         set(wanted.split()), options, None, "cpu", lambda names, load: load(), lambda text: None, references
     )
-    assert {stream.extractor.name: " ".join(stream.metrics) for stream in found} == readers
+    assert {group.extractor.name: " ".join(group.metrics) for group in groups} == readers
     assert opened == {
         name: (tmp_path / "s.npz" if "fid" in metrics else None, set(metrics.split()) != {"fid"})
         for name, metrics in readers.items()
@@ -381,8 +383,10 @@ def test_mini_features_know_no_classes_and_others_ask_inception(
         except (SctoolError, AssertionError):
             refused.extend(names)
 
-    monkeypatch.setattr("sctool.eval.sets.metrics.choose_features", choose)
-    streams({"fid", "is"}, Options(features=features), None, "cpu", attempt, lambda text: None, lambda *_: None)  # pyright: ignore
+    monkeypatch.setattr("sctool.eval.sets.extraction.choose_features", choose)
+    metrics_by_extractor(
+        {"fid", "is"}, Options(features=features), None, "cpu", attempt, lambda text: None, lambda *_: None
+    )  # pyright: ignore
     assert loaded == ([features, "inception"] if chosen == "dinov2" else [features])
     assert refused == ["is"]
 
@@ -390,20 +394,23 @@ def test_mini_features_know_no_classes_and_others_ask_inception(
 def test_every_metric_is_given_what_it_reads_of_one_pass_of_the_network() -> None:
     passes: list[int] = []
 
-    class Classes(Means):
-        classes = 3
+    class Classes(InceptionFeatures):
+        dim, classes = 3, 3
+
+        def __init__(self) -> None: ...
 
         def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
             passes.append(len(pictures))
-            return super().__call__(pictures)
+            return pictures.float().mean((2, 3))
 
         def logits(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * x
 
-    stream = Stream(Classes(), ["fid", "is", "pr"], None)  # pyright: ignore[reportArgumentType]
-    meters = stream.meters()
+    group = ExtractorMetrics(Classes(), ["fid", "is", "pr"], *[None] * 3)  # pyright: ignore[reportArgumentType]
+    meters: dict[str, Any] = group.meters()
     pictures = torch.randint(0, 9, (12, 3, 4, 4), dtype=torch.uint8)
-    stream.update(meters, pictures, range(12))
+    images = [image.permute(1, 2, 0).numpy() for image in pictures]
+    group.update(meters, Batch(None, [], images, 0), None)  # pyright: ignore[reportArgumentType]
     alone = InceptionScore(3)
     alone.update(2 * pictures.float().mean((2, 3)))
     assert passes == [12]
