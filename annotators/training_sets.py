@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core.config import TrainConfig
 from ..core.data.check import check
-from ..core.data.prompts import PromptRule, count_prompts
+from ..core.data.prompts import Prompt, PromptRule, count_prompts
 from ..core.data.records import Source
 from ..core.data.sources import open_source
 from ..core.errors import SctoolError
@@ -17,15 +17,15 @@ FAULTS_SHOWN = 20
 
 
 def open_training_sets(
-    config: TrainConfig, size: int, *, strict: bool = False, quiet: bool = False
+    config: TrainConfig, size: int, *, prompt: Prompt | None = None, strict: bool = False, quiet: bool = False
 ) -> tuple[Source, Source | None, dict[str, Any]]:
     """The training set, the held-out set of `--val-data` if any, and how each condition's maps were made.
 
     Missing maps that need no weights are made at `size` px and kept in the cache. All faults are listed in one pass,
     and how many captions are empty or come from class labels; `strict` decodes every image and raises `SctoolError`
-    when there is any fault.
+    when there is any fault. `prompt` is what the base's family conditions on; captions when not given.
     """
-    progress = Progress(quiet)
+    progress, prompt = Progress(quiet), prompt or PromptRule(config.trigger, config.caption)
     map_meta: dict[str, Any] = {}
     sources = []
     for path in filter(None, (config.data, config.val_data)):
@@ -33,14 +33,13 @@ def open_training_sets(
         if config.conditions:
             source, how = ensure_maps(source, config.cond, size, maps=config.maps)
             map_meta |= how
-        _check(source, config, size, strict, progress)
+        _check(source, config, prompt, size, strict, progress)
         sources.append(source)
     return sources[0], sources[1] if len(sources) > 1 else None, map_meta
 
 
-def _check(source: Source, config: TrainConfig, size: int, strict: bool, progress: Progress) -> None:
+def _check(source: Source, config: TrainConfig, prompt: Prompt, size: int, strict: bool, progress: Progress) -> None:
     """Prints the faults and how the captions were made up. Raises `SctoolError` for faults if `strict`."""
-    prompt = PromptRule(config.trigger, config.caption)
     faults = check(source, conds=config.conditions, prompt=prompt, deep=strict, size=size)
     for fault in faults[:FAULTS_SHOWN]:
         progress.note(str(fault))

@@ -1,4 +1,4 @@
-"""`sctool train`: one config in, one call to `core.train`, one line out."""
+"""`sctool train`: one config in, one call to `core.training.train`, one line out."""
 
 from __future__ import annotations
 
@@ -68,12 +68,13 @@ def train(
     check_names(settings)
 
     from ..annotators.training_sets import open_training_sets
-    from ..core.backbones.bases import resolution
+    from ..core.backbones.bases import family_of, resolution
     from ..core.runs import open_run
     from ..eval.heldout import adherence
 
     trained_size = settings.size or resolution(settings.base, offline)
-    source, held_out, map_meta = open_training_sets(settings, trained_size, strict=strict, quiet=quiet)
+    prompt = family_of(settings.base, offline).prompt_rule(settings.trigger, settings.caption)
+    source, held_out, map_meta = open_training_sets(settings, trained_size, prompt=prompt, strict=strict, quiet=quiet)
     if dry_run:
         from ..core.training.plan import plan_run, show_plan
 

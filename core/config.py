@@ -157,7 +157,9 @@ C = TypeVar("C", bound=Config)
 
 
 def parse_value(text: str) -> Any:
-    """The value of a `key=value` flag, read as YAML: 1e-4 is a number, [0, 11] a list, canny a string."""
+    """The value of a `key=value` flag, read as YAML: 1e-4 is a number, [0, 11] a list, canny a string, nothing ""."""
+    if not text.strip():
+        return ""
     try:
         return (
             float(text)

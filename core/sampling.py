@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 from .backbones.loading import Backbone
 from .config import SampleConfig
-from .errors import SctoolError, UsageError
+from .errors import SctoolError, UsageError, unknown
 from .files import write_json, write_text
 from .sheets import save_png, sheet
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from .backbones.families.base import Rows
 
 SHEET_ROWS = 16
-SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def sample_batch(
     pipe, side = backbone.pipe, (config.size or backbone.resolution) // backbone.vae_scale
     noise = initial_noise(seeds, (backbone.latent_channels, side, side))
     base_scheduler = pipe.scheduler
-    pipe.scheduler = SCHEDULERS[config.scheduler].from_config(base_scheduler.config)
+    pipe.scheduler = scheduler_class(backbone, config).from_config(base_scheduler.config)
     try:
         latents = backbone.family.sample(
             pipe, _placed(noise, backbone), _placed(rows, backbone), _placed(null, backbone), config,
@@ -79,6 +77,14 @@ def sample_batch(
     finally:
         pipe.scheduler = base_scheduler
     return backbone.decode(latents)
+
+
+def scheduler_class(backbone: Backbone, config: SampleConfig) -> Any:
+    """diffusers' scheduler class for the config's sampler. Raises `UsageError` for one that does not fit the base."""
+    known = backbone.family.schedulers()
+    if config.scheduler not in known:
+        raise unknown("scheduler for this base", config.scheduler, known)
+    return known[config.scheduler]
 
 
 def _placed(value: Any, backbone: Backbone) -> Any:
@@ -114,9 +120,7 @@ def sample_images(
 def check_sizes(backbone: Backbone, requests: Sequence[Request], config: SampleConfig) -> None:
     """Raises `UsageError` for a size that the base cannot draw, and for a hint of another size."""
     size = config.size or backbone.resolution
-    multiple = max(8, backbone.vae_scale)
-    if size % multiple:
-        raise UsageError(f"size={size} is not divisible by {multiple}, as the base's latents require.")
+    backbone.check_size(size)
     for request in requests:
         for name, hint in request.hints.items():
             if hint.shape[:2] != (size, size):

@@ -101,7 +101,7 @@ def heldout_requests(run: Run, size: int, prompt: Prompt, count: int, seed: int,
     Images and maps that cannot be read are left out. Raises `SctoolError` if nothing is left.
     """
     config = run.config
-    source, held_out, _ = open_training_sets(config, size, quiet=quiet)
+    source, held_out, _ = open_training_sets(config, size, prompt=prompt, quiet=quiet)
     requests: list[Request] = []
     for record in evaluation_records(source, held_out, config):
         if len(requests) == count:

@@ -29,7 +29,8 @@ class _Bench:
         device = backbone.device
         self.latents = torch.randn((batch, channels, side, side), generator=g).to(device)
         self.t = torch.full((batch,), 500, device=device)
-        self.text = backbone.family.dummy_rows(self.denoiser.config, batch, device)
+        sizes = backbone.family.size_rows(batch, size, device)
+        self.text = {**backbone.encode_prompts([""] * batch), **sizes}
         edges = (torch.rand((batch, 3, size, size), generator=g) > 0.9).float().to(device)
         self.hints = {name: edges for name in tuner.conditions} or None
         # Doubled tensors are created once: the hint is encoded again only for a different tensor.

@@ -69,9 +69,20 @@ def family_of_base(folder: Path, base: str) -> Family:
     return family_of_pipeline(pipeline, base)
 
 
+def family_of(base: str, offline: bool = False) -> Family:
+    """The family of a base by name, folder or hub id. Raises as `find_base` and `family_of_base` do."""
+    return family_of_base(find_base(base, offline), base)
+
+
 def downsampling_factor(vae_config: Mapping[str, Any]) -> int:
-    """The autoencoder's downsampling factor: image side over latent side (8 for Stable Diffusion)."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+    """The autoencoder's downsampling factor: image side over latent side (8 for Stable Diffusion).
+
+    Raises `UsageError` for a config that does not say it.
+    """
+    for key in ("block_out_channels", "encoder_block_out_channels"):
+        if key in vae_config:
+            return 2 ** (len(vae_config[key]) - 1)
+    raise UsageError("vae/config.json does not say how often the autoencoder halves an image (block_out_channels).")
 
 
 def resolution(base: str, offline: bool = False) -> int:

@@ -76,6 +76,12 @@ class Backbone:
         """The image side in pixels that the base was trained at."""
         return self.family.latent_size(self.denoiser.config) * self.vae_scale
 
+    def check_size(self, size: int) -> None:
+        """Raises `UsageError` for an image side that the base cannot take."""
+        multiple = self.family.size_multiple(self.denoiser.config, self.vae_scale)
+        if size % multiple:
+            raise UsageError(f"size={size} is not divisible by {multiple}, as the base's latents require.")
+
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
@@ -129,7 +135,7 @@ class Backbone:
 
     def free_encoders(self) -> None:
         """Drops the conditioning encoders and moves the autoencoder to the CPU, once latents and rows are cached."""
-        self.vae.to("cpu")
+        self.vae.to("cpu", torch.float32)  # CPUs are slow in bfloat16, and from here on it only decodes
         for name in self.family.conditioner_parts:
             if getattr(self.pipe, name, None) is not None:
                 self.pipe.register_modules(**{name: None})
@@ -192,12 +198,13 @@ def load_backbone(
             part.requires_grad_(False).eval()
     pipe.to(device)
     conditioners = [name for name in family.conditioner_parts if (folder / name).is_dir()]
+    denoiser_hash = content_hash(folder, family.denoiser_part)
     return Backbone(
         id=base,
-        hash=content_hash(folder, family.denoiser_part),
+        hash=denoiser_hash,
         family=family,
         licence=licence(folder),
         vae_hash=content_hash(folder, "vae"),
-        conditioner_hash=content_hash(folder, *conditioners),
+        conditioner_hash=content_hash(folder, *conditioners) if conditioners else denoiser_hash,
         pipe=pipe,
     )

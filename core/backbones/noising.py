@@ -1,7 +1,7 @@
 """The forward process of a base and what its denoiser is trained to predict.
 
 q(x_t | x_0) is diffusers' `DDPMScheduler` over the base's own noise schedule; here stands what a trainer adds. A
-flow-matching family brings a class of its own with these five members.
+flow-matching family brings a class of its own with `timesteps`, `add_noise`, `target` and `snr_weights`.
 """
 
 from __future__ import annotations

@@ -108,10 +108,13 @@ class TunedBackbone(nn.Module):
         self.train(denoiser.training)
 
     def train(self, mode: bool = True) -> TunedBackbone:
-        """Training mode for the tuners; the denoiser stays in evaluation mode unless a tuner trains its weights."""
+        """Training mode for the tuners. The denoiser stays in evaluation mode, also under full fine-tuning.
+
+        Its dropout would draw from torch's global generator, which a resumed run cannot repeat; captions are dropped by
+        the objective.
+        """
         super().train(mode)
-        if all(tuner.keeps_eval_mode for tuner in self.tuners):
-            self.denoiser.eval()
+        self.denoiser.eval()
         return self
 
     def forward(

@@ -43,6 +43,6 @@ def repeated(features: Any, batch: int) -> Any:
         return {name: repeated(value, batch) for name, value in features.items()}
     if isinstance(features, list | tuple):
         return [repeated(value, batch) for value in features]
-    if isinstance(features, Tensor) and len(features) not in (1, batch):
+    if isinstance(features, Tensor) and features.dim() and len(features) not in (1, batch):
         return features.repeat(batch // len(features), *[1] * (features.dim() - 1))
     return features

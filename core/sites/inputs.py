@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..errors import SctoolError
-from .layers import Layer, layer_site
+from .layers import Layer, find_module, layer_site
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -52,8 +52,9 @@ class ClassRows:
     def hook(denoiser: nn.Module, edits: Sequence[SiteEdit]) -> list[RemovableHandle]:
         """Two hooks per table: ids beyond it read row 0, and what they read is then edited, given the ids."""
         handles = []
-        for edit in edits:
-            table, hook = denoiser.get_submodule(edit.site.name), _RowsHook(edit)
+        tables = [find_module(denoiser, edit.site.name) for edit in edits]
+        for edit, table in zip(edits, tables, strict=True):
+            hook = _RowsHook(edit)
             handles += [table.register_forward_pre_hook(hook.clamp), table.register_forward_hook(hook.edit)]
         return handles
 

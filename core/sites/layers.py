@@ -40,7 +40,7 @@ class Layer:
         A folded upsampler computes from its convolution's weights and never calls it: a hook would never fire.
         """
         folded = {id(module.conv) for module in denoiser.modules() if isinstance(module, PhaseUpsample2D)}
-        layers = [(edit, denoiser.get_submodule(edit.site.name)) for edit in edits]
+        layers = [(edit, find_module(denoiser, edit.site.name)) for edit in edits]
         for edit, layer in layers:
             if id(layer) in folded:
                 raise SctoolError(
@@ -58,6 +58,14 @@ class _LayerHook:
     def edit(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """The edited output, given the layer's input."""
         return self.layer.edited(output, args[0])
+
+
+def find_module(denoiser: nn.Module, name: str) -> nn.Module:
+    """The module of that name. Raises `SctoolError` where there is none."""
+    try:
+        return denoiser.get_submodule(name)
+    except AttributeError as error:
+        raise SctoolError(f"this {type(denoiser).__name__} has no {name}; the tuner is for another one.") from error
 
 
 def layer_site(name: str, module: nn.Linear | nn.Conv2d) -> Layer:

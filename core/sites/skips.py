@@ -38,8 +38,11 @@ class Skip:
 
     @staticmethod
     def hook(denoiser: nn.Module, edits: Sequence[SiteEdit]) -> list[RemovableHandle]:
-        """One pre-hook for each up block that receives any of the skips."""
-        handles = []
+        """One pre-hook for each up block that receives any of the skips. Raises `SctoolError` for one not there."""
+        known, handles = skips(denoiser), []
+        for edit in edits:
+            if edit.site not in known:
+                raise SctoolError(f"this {type(denoiser).__name__} has no {edit.site}; the tuner is for another one.")
         for index, block in enumerate(denoiser.up_blocks):
             received = [edit for edit in edits if edit.site.block == index]
             if received:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 LATENTS = ("sample", "hidden_states")
 """What denoisers call their first argument."""
+CHANNELS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+"""What denoisers call the argument that pipelines pass through untouched; it carries the hint."""
 
 
 @dataclass(eq=False)
@@ -53,7 +55,7 @@ class Attached:
         return {**self.__dict__, "call": Call()}
 
 
-class SiteEdit:
+class Edit:
     """One site and the tuners that act there: the composition rule."""
 
     def __init__(self, site: Any) -> None:
@@ -78,8 +80,9 @@ class Wiring:
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.denoiser_arguments = tuple(inspect.signature(denoiser.forward).parameters)
+        self.channel = next((name for name in CHANNELS if name in self.denoiser_arguments), CHANNELS[0])
         self.attached: list[Attached] = []
-        self.edits: dict[Any, SiteEdit] = {}
+        self.edits: dict[Any, Edit] = {}
         self.encodings = 0
         self._cached: tuple[Any, Any, list[Features]] | None = None
         self._handles: list[RemovableHandle] = [denoiser.register_forward_pre_hook(self.take_hint, with_kwargs=True)]
@@ -112,9 +115,16 @@ class Wiring:
 
     def _hook(self, denoiser: nn.Module, attached: Attached) -> None:
         """Hooks the tuner's sites that no earlier tuner has; a site has one hook, however many tuners act there."""
-        fresh = {site: SiteEdit(site) for site in attached.tuner.sites if site not in self.edits}
-        for kind in dict.fromkeys(map(type, fresh)):
-            self._handles += kind.hook(denoiser, [edit for site, edit in fresh.items() if type(site) is kind])
+        fresh = {site: Edit(site) for site in attached.tuner.sites if site not in self.edits}
+        handles: list[RemovableHandle] = []
+        try:
+            for kind in dict.fromkeys(map(type, fresh)):
+                handles += kind.hook(denoiser, [edit for site, edit in fresh.items() if type(site) is kind])
+        except BaseException:
+            for handle in handles:
+                handle.remove()
+            raise
+        self._handles += handles
         self.edits.update(fresh)
         for site in attached.tuner.sites:
             self.edits[site].acting.append(attached)
@@ -140,11 +150,11 @@ class Wiring:
     def take_hint(
         self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        """Pre-hook of the denoiser: takes `hint` out of `cross_attention_kwargs` and encodes it for this call."""
+        """Pre-hook of the denoiser: takes `hint` out of its open channel and encodes it for this call."""
         for one in self.attached:
             one.call = Call()
         arguments = dict(zip(self.denoiser_arguments, args, strict=False)) | kwargs
-        channel = arguments.get("cross_attention_kwargs") or {}
+        channel = kwargs.get(self.channel) or {}
         hints = self._named(channel["hint"]) if "hint" in channel else {}
         if hints or any(one.tuner.reads_inputs for one in self.attached):
             latents = next(arguments[name] for name in LATENTS if name in arguments)
@@ -154,11 +164,11 @@ class Wiring:
         if "hint" not in channel:
             return None
         rest = {name: value for name, value in channel.items() if name != "hint"}
-        return args, {**kwargs, "cross_attention_kwargs": rest or None}
+        return args, {**kwargs, self.channel: rest or None}
 
     def _inputs(self, latents: Tensor, arguments: Mapping[str, Any]) -> Inputs:
         """The denoiser's arguments as a tuner reads them."""
-        known = (*LATENTS, "timestep", "cross_attention_kwargs", "return_dict")
+        known = (*LATENTS, "timestep", self.channel, "return_dict")
         rest = {name: value for name, value in arguments.items() if name not in known and value is not None}
         return Inputs(latents, arguments.get("timestep"), rest)
 

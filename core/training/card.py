@@ -55,7 +55,7 @@ def result_rows(summary: Summary) -> str:
     """The results as rows of a Markdown table."""
     figures: dict[str, float | str] = {"steps": summary.steps}
     if summary.last:
-        figures |= {f"training loss, last {summary.last.step % 10 or 10} steps": summary.last.loss}
+        figures |= {f"training loss, last {summary.last.steps_averaged} steps": summary.last.loss}
     figures |= {f"held-out {key.removeprefix('val/')}": value for key, value in summary.validation.items()}
     figures |= {"precision": summary.precision, "peak memory (GB)": summary.peak_memory_gb}
     rows = [f"| {k} | {v:.4f} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in figures.items()]

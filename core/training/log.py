@@ -19,6 +19,7 @@ class StepFigures:
     """One row of the log: the mean loss since the row before, and the step's learning rate and gradient norm."""
 
     step: int
+    steps_averaged: int
     loss: float
     lr: float
     grad_norm: float
@@ -61,11 +62,11 @@ class LossMeter:
             return []
         return self.accelerator.reduce(torch.stack(self.recent), "mean").tolist()  # pyright: ignore
 
-    def mean(self) -> float:
-        """The mean of those, and a new row begins. All processes must call it."""
-        value = float(self.accelerator.reduce(torch.stack(self.recent), "mean").mean())  # pyright: ignore
+    def mean(self) -> tuple[float, int]:
+        """The mean of those and their number, and a new row begins. All processes must call it."""
+        value, count = float(self.accelerator.reduce(torch.stack(self.recent), "mean").mean()), len(self.recent)  # pyright: ignore
         self.recent.clear()
-        return value
+        return value, count
 
 
 def refuse_divergence(loss: float, step: int, run: Run) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..backbones.loading import Backbone, load_backbone
+from ..backbones.loading import Backbone, autoencoder_dtype, load_backbone
 from ..config import TrainConfig
 from ..data.prepared import cache_plan
 from ..data.records import Source
@@ -39,7 +39,7 @@ def plan_run(
     """
     device = torch.device(best_device())
     precision = choose_precision(config.precision, device)
-    backbone = load_backbone(config.base, offline=offline)
+    backbone = load_backbone(config.base, vae_dtype=autoencoder_dtype(device), offline=offline)  # as the cache has it
     size = config.size or backbone.resolution
     training, validation = split_records(source, held_out, config)
     tuner = build_tuner(config, backbone)

@@ -20,7 +20,7 @@ from ..config import TrainConfig
 from ..data.prepared import PreparedSet, prepare
 from ..data.records import Source
 from ..devices import choose_precision, torch_dtype
-from ..errors import SctoolError, UsageError
+from ..errors import UsageError
 from ..progress import Progress
 from ..runs import Run
 from ..sites.attaching import TunedBackbone
@@ -47,8 +47,9 @@ class Data:
 def prepare_data(
     config: TrainConfig, source: Source, held_out: Source | None, backbone: Backbone, progress: Progress
 ) -> Data:
-    """Encodes what the cache lacks. Raises `SctoolError` when no image can be trained on."""
+    """Encodes what the cache lacks; the training set may turn out to be empty."""
     size = config.size or backbone.resolution
+    backbone.check_size(size)
     training, validation = split_records(source, held_out, config)
 
     def prepared(records: list[Any], flip: bool) -> PreparedSet:
@@ -57,10 +58,7 @@ def prepare_data(
             prompt=backbone.family.prompt_rule(config.trigger, config.caption), progress=progress.note,
         )  # fmt: skip
 
-    data = Data(prepared(training, config.flip), prepared(validation, False) if validation else None)
-    if not len(data.train):
-        raise SctoolError(f"--data {config.data} has no image to train on; its faults are listed above.")
-    return data
+    return Data(prepared(training, config.flip), prepared(validation, False) if validation else None)
 
 
 def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint import save_tuner
 from ..config import TrainConfig
 from ..data.records import Source
-from ..errors import Interrupted, UsageError
+from ..errors import Interrupted, SctoolError, UsageError
 from ..measure import peak_so_far
 from ..progress import Progress
 from ..runs import Run
@@ -52,6 +52,8 @@ def train(
     backbone, precision = load_for_training(config, accelerator.device, offline)
     with accelerator.main_process_first():
         data = prepare_data(config, source, held_out, backbone, progress)
+    if not len(data.train):  # all processes find the same
+        raise SctoolError(f"--data {config.data} has no image to train on; its faults are listed above.")
     backbone.free_encoders()
     tuner = build_tuner(config, backbone)
     validator = None
@@ -111,11 +113,11 @@ class BetweenSteps:
 
     def _log(self, done: int, norm: Tensor) -> None:
         """One row: the mean loss since the last one."""
-        loss = self.meter.mean()
+        loss, count = self.meter.mean()
         refuse_divergence(loss, done, self.training.run)
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         lr = self.training.optimizer.param_groups[0]["lr"]
-        self.last = StepFigures(done, loss, lr, float(norm), round(seconds, 4))
+        self.last = StepFigures(done, count, loss, lr, float(norm), round(seconds, 4))
         row = {"loss": loss, "lr": lr, "grad_norm": self.last.grad_norm, "seconds": self.last.seconds}
         self.logger.row(done, row)
 

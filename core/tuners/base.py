@@ -27,12 +27,11 @@ class Tuner(nn.Module):
     """Its name in `TUNERS`."""
     needs_autocast: ClassVar[bool] = False
     """The denoiser's own layers compute with the float32 weights, so reduced precision needs autocast."""
-    keeps_eval_mode: ClassVar[bool] = True
-    """The denoiser's weights are not trained: it stays in evaluation mode (no dropout) while the tuner trains."""
     replaces_weights: ClassVar[bool] = False
     """Its parameters stand in the place of the denoiser's instead of being added to them."""
 
     def __init__(self, config: Config, conditions: tuple[str, ...] = (), vae_scale: int = 8) -> None:
+        """A method's own class takes (config, denoiser, conditions, vae_scale); see `build`."""
         super().__init__()
         self.config, self.conditions, self.vae_scale = config, tuple(conditions), vae_scale
 

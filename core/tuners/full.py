@@ -37,7 +37,6 @@ class Full(Tuner):
 
     method = "full"
     needs_autocast = True
-    keeps_eval_mode = False
     replaces_weights = True
 
     def __init__(

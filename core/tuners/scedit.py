@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SCEditConfig
-from ..errors import UsageError
+from ..errors import SctoolError, UsageError
 from ..sites.site import Call, Features, Inputs
 from ..sites.skips import Skip, skips
 from .base import DoesNotFit, SiteTuner, known_conditions
@@ -218,7 +218,7 @@ class SCEdit(SiteTuner):
     def __init__(
         self, config: SCEditConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
     ) -> None:
-        super().__init__(config, select(skips(denoiser), config.skips), conditions, vae_scale)
+        super().__init__(config, select(known_skips(denoiser), config.skips), conditions, vae_scale)
         self.weights, self.normalize = config.weights, config.normalize
         known_conditions(config.weights, self.conditions)
         if not self.conditions:
@@ -248,6 +248,14 @@ class SCEdit(SiteTuner):
                 part = call.alphas[name] * self.csc[name].delta(site, x, levels[site.index])
                 total = part if total is None else total + part
         return total
+
+
+def known_skips(denoiser: nn.Module) -> list[Skip]:
+    """All skips of the denoiser. Raises `DoesNotFit` where it has none, as transformers."""
+    try:
+        return skips(denoiser)
+    except SctoolError as error:
+        raise DoesNotFit(str(error)) from error
 
 
 def select(sites: list[Skip], chosen: tuple[int, ...] | None) -> list[Skip]:

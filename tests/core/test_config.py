@@ -31,7 +31,8 @@ from sctool.core.tuners import method_config
     ("text", "value"),
     [
         ("1e-4", 1e-4), ("1E-4", 1e-4), ("-2.5e+3", -2500.0), ("3", 3), ("0.5", 0.5), ("true", True), ("null", None),
-        ("[0, 11]", [0, 11]), ("canny", "canny"), ("e", "e"), ("1e", "1e"), ("a: b: c", "a: b: c"), ("edge", "edge"),
+        ("", ""), ("[0, 11]", [0, 11]), ("canny", "canny"), ("e", "e"), ("1e", "1e"), ("a: b: c", "a: b: c"),
+        ("edge", "edge"),
     ],
 )  # fmt: skip
 def test_values_are_read_as_they_are_written(text: str, value: Any) -> None:

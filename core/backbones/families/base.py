@@ -55,6 +55,16 @@ class Family(ABC):
         size = config["sample_size"]
         return size if isinstance(size, int) else size[0]
 
+    def size_multiple(self, config: Mapping[str, Any], vae_scale: int) -> int:
+        """What image sides must be divisible by; transformers add their patch size."""
+        return max(8, vae_scale)
+
+    def schedulers(self) -> Mapping[str, Any]:
+        """The samplers that fit the noise schedule: names as in `SampleConfig` and diffusers' scheduler classes."""
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+        return {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+
     # ------------------------------------------------------------------------------------------------ conditioning
 
     def prompt_rule(self, trigger: str, template: str) -> Prompt:
@@ -94,7 +104,7 @@ class Family(ABC):
         self, pipe: Any, noise: Tensor, rows: Rows, null: Rows, config: SampleConfig,
         hints: Mapping[str, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Latents (B, C, h, w) drawn from `noise` by diffusers' own pipeline, with the scheduler that `pipe` has.
+        """Latents (B, C, h, w) drawn from `noise` with the scheduler that `pipe` has, by the pipeline or an equal loop.
 
         `rows` has a conditioning row per image, `null` one for guidance; all on the denoiser's device and in its
         precision. The size is that of the noise; steps and guidance are the config's.

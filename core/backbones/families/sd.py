@@ -61,9 +61,11 @@ class StableDiffusion(Family):
 
     def too_long(self, pipe: Any, prompt: str) -> bool:
         """Whether any of the tokenizers would cut the prompt."""
-        tokenizers = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
+        length = len(prompt.encode()) + 2  # at most one token per byte, and those of start and end
+        tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
         return any(
-            len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > tokenizer.model_max_length
+            length > tokenizer.model_max_length
+            and len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > tokenizer.model_max_length
             for tokenizer in tokenizers
             if tokenizer is not None
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from PIL import Image
 
 from sctool.annotators.training_sets import open_training_sets
 from sctool.core.backbones import families
+from sctool.core.backbones.architectures import architecture
 from sctool.core.backbones.families.base import Family
 from sctool.core.backbones.loading import load_backbone
 from sctool.core.config import SampleConfig, TrainConfig
+from sctool.core.counting import counts
 from sctool.core.errors import UsageError
 from sctool.core.runs import open_run
+from sctool.core.sites.attaching import TunedBackbone
 from sctool.core.training.plan import plan_run, show_plan
 from sctool.core.training.train import train
+from sctool.core.tuners import find_method
 from sctool.eval.heldout import sample_heldout
 
 LABELS = ("cat", "dog", "hat")
@@ -120,6 +125,31 @@ def test_a_class_conditional_transformer_trains_and_samples(dit: Path, classes: 
     base, tuned = (np.asarray(Image.open(folder / "000000.png")) for folder in folders)
     assert base.shape == (32, 32, 3)
     assert not np.array_equal(base, tuned)
+
+
+def test_its_label_dropout_stays_off_while_it_trains(dit: Path) -> None:
+    """It would draw from torch's global generator, on top of the objective's own dropout."""
+    backbone = load_backbone(str(dit))
+    method = find_method("full")
+    tuner = method.load().build(method.config(), backbone.denoiser)
+    model = TunedBackbone(backbone.denoiser, tuner).train()
+    rows = backbone.encode_prompts(["cat"] * 64)
+    latents, t = torch.randn(64, 4, 8, 8), torch.zeros(64, dtype=torch.long)
+    assert torch.equal(model(latents, t, rows), model(latents, t, rows))
+    model.attachment.detach()
+
+
+def test_methods_that_need_skips_are_left_out_of_its_counts(dit: Path) -> None:
+    assert [row.method for row in counts(architecture(str(dit)))] == ["full"]
+
+
+def test_bases_without_text_encoders_do_not_share_cached_rows(dit: Path, tmp_path: Path) -> None:
+    shutil.copytree(dit, tmp_path / "other")
+    torch.manual_seed(1)
+    backbone = load_backbone(str(dit))
+    backbone.denoiser.proj_out_2.weight.data.normal_()
+    backbone.denoiser.save_pretrained(tmp_path / "other" / "transformer")
+    assert load_backbone(str(tmp_path / "other")).conditioning_id != backbone.conditioning_id
 
 
 def test_its_predictions_leave_out_the_learned_variance(dit: Path) -> None:

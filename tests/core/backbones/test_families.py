@@ -14,12 +14,13 @@ from diffusers import UNet2DConditionModel
 
 from sctool.cli import run
 from sctool.core.backbones.architectures import KNOWN, architecture
-from sctool.core.backbones.bases import resolution
+from sctool.core.backbones.bases import downsampling_factor, resolution
 from sctool.core.backbones.families import FAMILIES, family_of_denoiser, family_of_pipeline
 from sctool.core.backbones.families.base import Family
 from sctool.core.backbones.loading import autoencoder_dtype, load_backbone
 from sctool.core.config import SampleConfig
 from sctool.core.errors import UsageError
+from sctool.core.sampling import Request, sample_images
 
 
 @pytest.mark.parametrize("base", KNOWN)
@@ -244,3 +245,42 @@ def test_the_autoencoders_precision_is_part_of_the_latents_identity(tiny_base: P
     assert full.conditioning_id == half.conditioning_id
     mean, std = half.encode_images(torch.rand(1, 3, 32, 32) * 2 - 1)
     assert mean.dtype == std.dtype == torch.float32
+
+
+def test_an_autoencoder_that_has_encoded_all_decodes_in_float32_on_the_cpu(tiny_base: Path) -> None:
+    backbone = load_backbone(str(tiny_base), vae_dtype=torch.bfloat16)
+    backbone.free_encoders()
+    assert backbone.vae.dtype == torch.float32
+    assert backbone.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 32, 32)
+
+
+def test_the_plan_looks_for_latents_where_training_keeps_them(
+    tiny_base: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sctool.annotators.training_sets import open_training_sets
+    from sctool.core.config import TrainConfig
+    from sctool.core.training import plan
+
+    loaded = []
+    monkeypatch.setattr(plan, "autoencoder_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(plan, "load_backbone", lambda *a, **k: loaded.append(load_backbone(*a, **k)) or loaded[0])
+    config = TrainConfig(base=str(tiny_base), data=str(pictures))
+    plan.plan_run(config, open_training_sets(config, 32, quiet=True)[0])
+    assert loaded[0].latents_id[1] == "torch.bfloat16"
+
+
+def test_sizes_and_samplers_that_do_not_fit_the_base(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(str(tiny_base))
+    backbone.check_size(40)
+    with pytest.raises(UsageError, match="size=36 is not divisible by 8"):
+        backbone.check_size(36)
+    monkeypatch.setattr(type(backbone.family), "schedulers", lambda self: {"euler": object})
+    with pytest.raises(UsageError, match="unknown scheduler for this base 'ddim'"):
+        next(sample_images(backbone, [Request("a", 0)], SampleConfig(steps=1)))
+
+
+def test_downsampling_factor_is_read_from_either_config() -> None:
+    assert downsampling_factor({"block_out_channels": [1, 2, 3, 4]}) == 8
+    assert downsampling_factor({"encoder_block_out_channels": [1] * 6}) == 32
+    with pytest.raises(UsageError, match="block_out_channels"):
+        downsampling_factor({})

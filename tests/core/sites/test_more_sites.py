@@ -239,7 +239,7 @@ def test_an_unknown_layer_attaches_nothing():
     net = unet()
     (site,) = layers(net, "conv_out")
     wrong = Adding(type(site)("nowhere", 1, 1))
-    with pytest.raises(AttributeError), tuned(net, wrong):
+    with pytest.raises(SctoolError, match="has no nowhere"), tuned(net, wrong):
         pass
     assert not net._forward_pre_hooks
 
@@ -384,3 +384,48 @@ def test_beside_a_tuner_that_reads_inputs_hints_are_still_encoded_once():
         for _ in range(3):
             call(net, **channel)
         assert Wiring.of(net).encodings == 1
+
+
+# ------------------------------------------------------------------------------------------- sites that are not there
+
+
+def test_a_site_that_is_not_there_is_an_error_and_leaves_no_hook():
+    net, deep = unet(), unet(layers_per_block=2)
+    for sites in (skips(deep), class_tables(dit()), layers(deep, "resnets.1.conv1")):
+        with pytest.raises(SctoolError, match="has no "), tuned(net, Adding(*sites)):
+            pass
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    with pytest.raises(SctoolError, match="no skip connections"), tuned(dit(), Adding(*skips(net))):
+        pass
+
+
+def test_a_tuner_that_fails_leaves_the_others_as_they_were():
+    net = unet()
+    (layer,) = layers(net, "conv_out")
+    with tuned(net, Adding(middle(net))):
+        alone = call(net)
+        with pytest.raises(SctoolError, match="has no nowhere"):
+            Wiring.add(net, Adding(*skips(net)[:1], type(layer)("nowhere", 1, 1)), 1.0, {}, True)
+        assert torch.equal(call(net), alone)
+        with tuned(net, Adding(*skips(net)[:1])):
+            twice = call(net)
+        with tuned(net, Adding(*skips(net)[:1])):
+            assert torch.equal(call(net), twice)
+
+
+def test_features_may_be_numbers():
+    class Numbers(Adding):
+        def encode(self, hints, inputs=None):
+            return {name: {"mean": hint.mean(), "list": [hint.mean((1, 2, 3))]} for name, hint in hints.items()}
+
+        def delta(self, site, x, call):
+            return call.features["canny"]["mean"].expand_as(x) if call.features else None
+
+    net = unet()
+    tuner = Numbers(middle(net))
+    tuner.conditions, tuner.vae_scale = ("canny",), 4
+    with tuned(net, tuner):
+        out = call(net, cross_attention_kwargs={"hint": {"canny": hint()}})
+    handle = net.mid_block.register_forward_hook(lambda _, args, output: output + hint().mean())
+    torch.testing.assert_close(out, call(net))
+    handle.remove()

@@ -27,6 +27,7 @@ from sctool.core.training.log import Logger, LossMeter, StepFigures, Summary, re
 from sctool.core.training.seeds import generator
 from sctool.core.training.splits import split_records
 from sctool.core.training.state import load_state, save_state
+from sctool.core.training.train import validation_due
 from sctool.core.training.trainer import Trainer, averaged
 from sctool.core.training.validate import Validator
 
@@ -308,10 +309,10 @@ def test_a_row_shows_the_mean_loss_since_the_row_before() -> None:
     meter = LossMeter(Accelerator(), [1.0, 2.0])  # pyright: ignore[reportArgumentType]
     meter.add(torch.tensor(6.0))
     assert meter.since_last_row() == [1.0, 2.0, 6.0]
-    assert meter.mean() == 3.0
+    assert meter.mean() == (3.0, 3)
     assert meter.since_last_row() == []
     meter.add(torch.tensor(5.0))
-    assert meter.mean() == 5.0
+    assert meter.mean() == (5.0, 1)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
@@ -340,7 +341,7 @@ def test_the_main_process_alone_writes_the_log(tmp_path: Path) -> None:
 
 
 def test_the_summary_is_flat_and_names_what_was_measured_last() -> None:
-    last = StepFigures(step=7, loss=0.5, lr=1e-4, grad_norm=2.0, seconds=1.0)
+    last = StepFigures(step=7, steps_averaged=7, loss=0.5, lr=1e-4, grad_norm=2.0, seconds=1.0)
     assert Summary(8, "bf16", 1.5, last, {"val/loss": 0.25}).to_json() == {
         "step": 7, "loss": 0.5, "lr": 1e-4, "grad_norm": 2.0, "val/loss": 0.25,
         "steps": 8, "peak_memory_gb": 1.5, "precision": "bf16",
@@ -419,6 +420,15 @@ def test_previews_are_sampled_as_the_run_says_and_fewer_at_once_where_images_are
     sampling = validator(preview_steps=7, guidance=3.0, size=64).sampling
     assert (sampling.steps, sampling.guidance, sampling.size) == (7, 3.0, 64)
     assert [validator(resolution=side).sampling.batch for side in (64, 128, 129, 512)] == [16, 16, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("validate", "sample", "due"),
+    [(4, 0, [4, 8, 10]), (0, 3, [3, 6, 9, 10]), (4, 3, [3, 4, 6, 8, 9, 10]), (0, 0, []), (100, 0, [10])],
+)
+def test_validation_is_due_at_its_intervals_and_after_the_last_step(validate: int, sample: int, due: list[int]) -> None:
+    config = TrainConfig(steps=10, validate_every=validate, sample_every=sample)
+    assert [done for done in range(1, 11) if validation_due(done, config)] == due
 
 
 @pytest.mark.parametrize(
