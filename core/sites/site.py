@@ -63,7 +63,7 @@ class Acting(Protocol):
     method: str
     conditions: tuple[str, ...]
     vae_scale: int
-    sites: Sequence[Any]
+    sites: Sequence[Site]
     reads_inputs: bool
     """It reads latents, timestep or text, so its features change from step to step and are never cached."""
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import SctoolError, UsageError, unknown
 from .hints import check_batch, checked, repeated, tensor_version
-from .site import Acting, Call, Features, Inputs
+from .site import Acting, Call, Features, Inputs, Site
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -58,7 +58,7 @@ class Attached:
 class Edit:
     """One site and the tuners that act there: the composition rule."""
 
-    def __init__(self, site: Any) -> None:
+    def __init__(self, site: Site) -> None:
         self.site = site
         self.acting: list[Attached] = []
 
@@ -82,7 +82,7 @@ class Wiring:
         self.denoiser_arguments = tuple(inspect.signature(denoiser.forward).parameters)
         self.channel = next((name for name in CHANNELS if name in self.denoiser_arguments), CHANNELS[0])
         self.attached: list[Attached] = []
-        self.edits: dict[Any, Edit] = {}
+        self.edits: dict[Site, Edit] = {}
         self.encodings = 0
         self._cached: tuple[Any, Any, list[Features]] | None = None
         self._handles: list[RemovableHandle] = [denoiser.register_forward_pre_hook(self.take_hint, with_kwargs=True)]

@@ -23,6 +23,10 @@ class Objective(Protocol):
         """The loss of each sample, (B,) float32. `net` is a `TunedBackbone`, or one wrapped for several processes."""
         ...
 
+    def unweighted(self) -> Objective:
+        """The objective as held-out losses are reported, without weights of single samples."""
+        ...
+
 
 @dataclass(frozen=True)
 class DiffusionObjective:

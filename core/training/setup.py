@@ -26,7 +26,7 @@ from ..runs import Run
 from ..sites.attaching import TunedBackbone
 from ..tuners import method_config, tuner_class
 from ..tuners.base import Tuner
-from .objective import DiffusionObjective
+from .objective import DiffusionObjective, Objective
 from .splits import split_records
 from .state import load_state
 
@@ -105,7 +105,7 @@ class Training:
     model: TunedBackbone
     net: nn.Module
     """The model as steps call it: wrapped for several processes."""
-    objective: DiffusionObjective
+    objective: Objective
     noising: Noising
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
