@@ -21,7 +21,7 @@ from .weights import app as weights
 
 app = typer.Typer(
     name="sctool",
-    help="Adapt and control diffusion models with few parameters on a frozen backbone.",
+    help="Adapt and control diffusion models with few parameters on a frozen base.",
     epilog="Start here: sctool train --method scedit --cond canny, then sctool sample, then sctool evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -64,6 +64,10 @@ def train(
         "batch": batch, "lr": lr, "size": size, "precision": precision, "init": init, "seed": seed,
         "cond": cond,
     }  # fmt: skip
+    from ..core.errors import SctoolError, UsageError
+
+    if cond is not None and not cond.strip(" ,"):
+        raise UsageError("--cond names no condition; leave it out to train without control.")
     settings = resolve_config(TrainConfig, preset_name=preset, file=config, flags=flags, pairs=pairs or ())
     check_names(settings)
 
@@ -87,11 +91,16 @@ def train(
     run = open_run(out, name, settings)
     main = os.environ.get("RANK", "0") == "0"  # of several processes, one locks the run and prints
     with run.locked() if main else nullcontext():
-        summary = run_training(
-            settings, run, source, held_out=held_out, map_meta=map_meta,
-            measures=adherence(settings.conditions, map_meta, quiet=quiet or not main),
-            offline=offline, quiet=quiet,
-        )  # fmt: skip
+        try:
+            summary = run_training(
+                settings, run, source, held_out=held_out, map_meta=map_meta,
+                measures=adherence(settings.conditions, map_meta, quiet=quiet or not main),
+                offline=offline, quiet=quiet,
+            )  # fmt: skip
+        except SctoolError:
+            if main:
+                run.discard_if_untrained()
+            raise
     if not main:
         return
     if as_json:

@@ -27,12 +27,12 @@ FORMAT = 1
 
 
 def tuner_file(path: str | Path) -> Path:
-    """The tuner file at `path`: a tuner file, a tuner folder, a run folder, or the name of an embedded tuner.
+    """The tuner file at `path`: a tuner file, a tuner folder, a run folder, or the name of an embedded tuner or a run.
 
-    Raises `UsageError` when there is none.
+    Runs are looked up by name in runs/. Raises `UsageError` when there is none.
     """
     path = EMBEDDED_TUNERS.get(str(path), Path(path).expanduser())
-    for candidate in (path, path / NAME, path / "tuner" / NAME):
+    for candidate in (path, path / NAME, path / "tuner" / NAME, Path("runs") / path / "tuner" / NAME):
         if candidate.is_file():
             return candidate
     reason = f"contains no {NAME} or tuner/{NAME}" if path.is_dir() else "does not exist"

@@ -82,7 +82,9 @@ class TrainConfig(Config):
 
     data: str = Field("photos", description="'photos', an image folder, webdataset shards, or a prompt.json")
     maps: str | None = Field(None, description="folder of condition maps that are not in the data set")
-    val_data: str | None = Field(None, description="held-out set; images marked so, else a random tenth when not given")
+    val_data: str | None = Field(
+        None, description="held-out set; images marked validation or test, or a random tenth when not given"
+    )
     val_count: int = Field(64, ge=0, description="held-out images used for validation during training")
     size: int | None = Field(None, ge=8, description="training resolution in pixels; the base's own when not given")
     flip: bool = Field(False, description="also train on mirrored images; both are cached")
@@ -231,11 +233,17 @@ def resolve_config(
         if not equals:
             raise UsageError(f"'{pair}' is not a setting; write it as key=value, e.g. lr=1e-4.")
         head, *rest = key.split(".")
-        value: Any = parse_value(text)
+        value: Any = text if not rest and _is_text(cls, head) else parse_value(text)
         for part in reversed(rest):
             value = {part: value}
         _merge(values, {head: value})
     return build(cls, values)
+
+
+def _is_text(cls: type[Config], key: str) -> bool:
+    """Whether the field holds a string: it is taken as written, not as YAML, whatever braces or colons are in it."""
+    annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
+    return annotation is str or set(get_args(annotation)) == {str, type(None)}
 
 
 def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig, build, read_yaml, to_yaml
-from .errors import SctoolError, UsageError
+from .errors import SctoolError, UsageError, unknown
 from .files import write_json, write_text
 
 PACKAGES = (
@@ -32,7 +33,12 @@ PACKAGES = (
     "opencv-python-headless",
 )
 # Settings that may differ when a run is resumed: they decide when to stop and measure, not what is learned.
-FREE_KEYS = {"steps", "save_every", "keep", "validate_every", "sample_every"}
+FREE_KEYS = {"save_every", "keep", "validate_every", "sample_every"}
+
+
+def free_keys(config: TrainConfig) -> set[str]:
+    """The settings that may differ; the number of steps only where the learning rate does not depend on it."""
+    return FREE_KEYS | ({"steps"} if config.schedule == "constant" else set())
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,11 @@ class Run:
         lines = [line for line in lines if json.loads(line).get("step", 0) <= step]
         write_text(self.metrics, "".join(line + "\n" for line in lines))
 
+    def discard_if_untrained(self) -> None:
+        """Removes the folder of a run that failed before its first row or state, so that nothing is left of it."""
+        if not self.metrics.exists() and not self.states() and not self.tuner.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Locks the run for this process. Raises `SctoolError` when another process is training it."""
@@ -104,7 +115,7 @@ class Run:
 
 def default_name(config: TrainConfig) -> str:
     """A name that is the same for the same settings: method, conditions, base, data and a hash of all settings."""
-    values = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE_KEYS}
+    values = {k: v for k, v in config.model_dump(mode="json").items() if k not in free_keys(config)}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
     words = [config.method, *config.conditions, Path(config.base).name, Path(config.data).resolve().name]
     return "-".join([*words, digest])
@@ -113,17 +124,23 @@ def default_name(config: TrainConfig) -> str:
 def open_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:
     """The run folder for `config`, created if it does not exist.
 
-    Raises `UsageError` when a run of that name has other settings, naming the keys that differ.
+    Raises `UsageError` when a run of that name has other settings, naming the keys that differ, or has done more steps;
+    `SctoolError` when the folder cannot be written.
     """
     run = Run(Path(out) / (name or default_name(config)))
+    if name and (run.path.name != name or name in (".", "..")):
+        raise UsageError(f"--name {name}: a run name is a single folder name; use --out for the folder of runs.")
     if (run.path / "config.yaml").is_file():
         old, new = run.config.model_dump(mode="json"), config.model_dump(mode="json")
-        changed = [f"{k} ({old[k]} before, {new[k]} now)" for k in new if old[k] != new[k] and k not in FREE_KEYS]
+        fixed = new.keys() - free_keys(config)
+        changed = [f"{k} ({old[k]} before, {new[k]} now)" for k in new if old[k] != new[k] and k in fixed]
         if changed:
             raise UsageError(
                 f"run '{run.name}' exists with other settings: {', '.join(changed)}. Choose another --name."
             )
-    run.path.mkdir(parents=True, exist_ok=True)
+    done = max((int(state.name[5:]) for state in run.states()), default=0)
+    if done > config.steps:
+        raise UsageError(f"run '{run.name}' has done {done} steps already, more than steps={config.steps}. Use --name.")
     write_text(run.path / "config.yaml", to_yaml(config))
     write_json(run.path / "env.json", environment())
     return run
@@ -145,6 +162,9 @@ def latest(out: str | Path = "runs") -> Run:
     """The run that was trained last. Raises `UsageError` when there is none."""
     pointer = Path(out) / "latest"
     if not pointer.is_file():
+        known = run_names(out)
+        if known:
+            raise UsageError(f"{out}/ does not say which run is the latest. Name one: {', '.join(known)}.")
         raise UsageError(f"no run in {out}/ yet. Train one first: sctool train --method scedit")
     return Run(Path(out) / pointer.read_text().strip())
 
@@ -156,6 +176,14 @@ def find_run(target: str | Path | None, out: str | Path = "runs") -> Run:
     for path in (Path(target), Path(out) / str(target)):
         if (path / "config.yaml").is_file():
             return Run(path)
-    known = sorted(p.parent.name for p in Path(out).glob("*/config.yaml"))
-    listed = f" Known: {', '.join(known)}." if known else ""
-    raise UsageError(f"'{target}' is not a run folder (it has no config.yaml).{listed}")
+    known = run_names(out)
+    if not Path(target).exists() and known:
+        raise unknown("run", str(target), known)
+    reason = "is not a run folder (it has no config.yaml)" if Path(target).exists() else "does not exist"
+    there = f"the runs in {out}/ are {', '.join(known)}" if known else f"{out}/ has no run"
+    raise UsageError(f"'{target}' {reason}. Give a run folder or the name of a run; {there}.")
+
+
+def run_names(out: str | Path) -> list[str]:
+    """The names of the runs in a folder, sorted."""
+    return sorted(path.parent.name for path in Path(out).glob("*/config.yaml"))

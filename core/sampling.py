@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +150,7 @@ def write_samples(
     is written last: a folder that has one is complete. Raises `SctoolError` when there is nothing to draw.
     """
     folder = Path(folder)
-    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    remove_samples(folder)
     rows, cells = [], []
     for index, (request, image) in enumerate(images):
         row = _write_sample(folder, f"{index:06d}.png", request, image, protocol)
@@ -165,6 +166,24 @@ def write_samples(
     write_json(folder / "sampling.json", protocol)
     write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return [folder / row["file_name"] for row in rows]
+
+
+def remove_samples(folder: Path) -> None:
+    """Removes an earlier sampling's files, so that none of its images stays among the new ones.
+
+    Raises `SctoolError` for a folder that cannot be written, or that is somebody else's image set.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        table, ours = folder / "metadata.jsonl", (folder / "sampling.json").is_file()
+        if table.is_file() and not ours:
+            raise SctoolError(f"{folder} is an image set that sctool sample did not write. Choose another --out.")
+        table.unlink(missing_ok=True)
+        for path in folder.rglob("*.png") if ours else ():
+            if re.fullmatch(r"\d{6}", path.stem):
+                path.unlink()
+    except OSError as error:
+        raise SctoolError(f"cannot write samples to {folder}: {error.strerror}. Choose another --out.") from error
 
 
 def _write_sample(

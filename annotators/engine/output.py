@@ -163,7 +163,9 @@ def write_lists(out: Path, jobs: list[Job], faults: list[Fault], part_errors: st
             file.unlink(missing_ok=True)
         if jobs and not (jobs[0].is_shard and jobs[0].merged):
             columns = list(dict.fromkeys(key for row in _rows(jobs) for key in row))
-            rows = ({key: row.get(key) for key in columns} for row in _rows(jobs))
+            # "" and not null for images without a class: `datasets` wants one type per column in every split's table.
+            missing = {key: "" if key == "label" else None for key in columns}
+            rows = (missing | row for row in _rows(jobs))
             if jobs[0].merged:
                 _write_metadata(out, rows)
             else:

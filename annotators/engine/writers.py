@@ -38,11 +38,16 @@ def _metadata_row(record: Record, name: str, output: ImageMaps) -> dict[str, Any
     """Columns of both layouts: the record's own columns, then how its maps were made, as JSON text."""
     columns = {k: v for k, v in record.meta.items() if not k.endswith("_file_name") and k not in record.maps}
     own = {"file_name": name, "text": record.text}
-    row: dict[str, Any] = own | columns | own
+    row: dict[str, Any] = own | _label(record) | columns | own
     if record.split is not None:
         row.setdefault("split", record.split)
     row["conditions"] = json.dumps(_conditions(record, output), sort_keys=True)
     return row
+
+
+def _label(record: Record) -> dict[str, str]:
+    """The class of an image in a class folder, which the written set would lose: training may caption by it."""
+    return {} if record.label is None or {"class", "label"} & record.meta.keys() else {"label": record.label}
 
 
 def _conditions(record: Record, output: ImageMaps) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def find_base(base: str, offline: bool = False) -> Path:
                 "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
             )
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        if "/" in base or base.startswith("."):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", base):
+        if "/" in base or base.startswith((".", "~")):
             raise UsageError(f"--base {base}: there is no such folder, and it is not a hub id (OWNER/NAME).")
         raise unknown("base", base, EMBEDDED)
     try:

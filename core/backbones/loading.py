@@ -80,7 +80,9 @@ class Backbone:
         """Raises `UsageError` for an image side that the base cannot take."""
         multiple = self.family.size_multiple(self.denoiser.config, self.vae_scale)
         if size % multiple:
-            raise UsageError(f"size={size} is not divisible by {multiple}, as the base's latents require.")
+            below = size // multiple * multiple
+            nearest = " or ".join(str(side) for side in (below, below + multiple) if side)
+            raise UsageError(f"size={size} is not divisible by {multiple}, as the base requires. Use {nearest}.")
 
     @property
     def device(self) -> torch.device:

@@ -41,6 +41,7 @@ def plan_run(
     precision = choose_precision(config.precision, device)
     backbone = load_backbone(config.base, vae_dtype=autoencoder_dtype(device), offline=offline)  # as the cache has it
     size = config.size or backbone.resolution
+    backbone.check_size(size)
     training, validation = split_records(source, held_out, config)
     tuner = build_tuner(config, backbone)
     trainable = sum(p.numel() for p in tuner.parameters() if p.requires_grad)

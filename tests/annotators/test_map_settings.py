@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from sctool.annotators import ANNOTATORS, annotator
 from sctool.annotators.engine.ondemand import ensure_maps
@@ -166,3 +167,14 @@ def test_conditions_are_named_without_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_annotated_set_keeps_the_classes_of_its_folders(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label in ("cats", "dogs"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / "set" / label / "0.png")
+    assert cli(["annotate", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    labels = {record.key: record.label for record in open_source(tmp_path / "out").records}
+    assert labels == {record.key: record.label for record in open_source(tmp_path / "set").records}
+    assert set(labels.values()) == {"cats", "dogs"}

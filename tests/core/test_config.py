@@ -193,3 +193,22 @@ def test_no_images_are_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert run(["sample", "a hat", "--no-tuner", "--count", count, "--out", str(tmp_path / "out")]) == 2
     assert "--count" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["{label}", "a photo: {label}", "no", "", "1e-4", "[x]"])
+def test_text_is_taken_as_written_and_not_as_yaml(text: str) -> None:
+    assert resolve_config(TrainConfig, pairs=[f"caption={text}"]).caption == text
+    assert resolve_config(TrainConfig, pairs=[f"trigger={text}", f"maps={text}"]).maps == text
+    assert resolve_config(SampleConfig, pairs=[f"negative={text}"]).negative == text
+
+
+def test_an_empty_condition_is_not_no_condition(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("", ","):
+        assert run(["train", "--cond", text, "--dry-run"]) == 2
+        assert "names no condition" in capsys.readouterr().err
+
+
+def test_a_local_path_is_never_asked_of_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    for base in ("./nowhere", "../nowhere", "~/nowhere-at-all"):
+        assert run(["methods", "--base", base]) == 2
+        assert "there is no such folder" in capsys.readouterr().err

@@ -282,3 +282,33 @@ def test_progress_counts_images_and_prompts_are_encoded_by_whom_they_are_given_t
     assert counts == [2, 1]
     assert [request.seed for request, _ in images] == [0, 1, 2]
     assert {image.shape for _, image in images} == {(32, 32, 3)}
+
+
+def test_a_second_sampling_leaves_no_image_of_the_first(backbone: Backbone, tmp_path: Path) -> None:
+    words = ["sample", "a", "b", "--no-tuner", "--base", backbone.id, "--steps", "1", "--quiet"]
+    words += ["--out", str(tmp_path / "o")]
+    assert run([*words, "--count", "2"]) == 0
+    (tmp_path / "o" / "mine.png").write_bytes(b"x")
+    assert run(words) == 0
+    names = [path.name for path in (tmp_path / "o").glob("*.png")]
+    assert sorted(names) == ["000000.png", "000001.png", "mine.png", "sheet.png"]
+
+
+def test_an_image_set_of_ones_own_is_never_overwritten(
+    backbone: Backbone, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = (pictures / "metadata.jsonl").read_text()
+    words = ["sample", "a", "--no-tuner", "--base", backbone.id, "--steps", "1", "--quiet"]
+    assert run([*words, "--out", str(pictures)]) == 1
+    assert "did not write" in capsys.readouterr().err
+    assert (pictures / "metadata.jsonl").read_text() == table
+    (tmp_path / "file").write_text("")
+    assert run([*words, "--out", str(tmp_path / "file")]) == 1
+    assert "cannot write samples" in capsys.readouterr().err
+
+
+def test_a_run_is_named_as_a_tuner(backbone: Backbone, tuners: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "runs" / "edges").mkdir(parents=True)
+    (tmp_path / "runs" / "edges" / "tuner").symlink_to(tuners["canny"].parent)
+    monkeypatch.chdir(tmp_path)
+    assert run(["sample", "a", "--tuner", "edges:0.5", "--steps", "1", "--quiet", "--out", "o"]) == 0
