@@ -34,7 +34,7 @@ demo: .venv/ready ## photographs -> edges -> a controlled model -> images and nu
 	@echo "Look at work/demo/runs/$$(cat work/demo/runs/latest)/samples/sheet.png and work/demo/report.html"
 
 test: .venv/ready ## run the tests, which include the README's commands
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: lint types imports test ## everything that must pass before a change is merged
 
