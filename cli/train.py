@@ -113,10 +113,13 @@ def train(
 def check_names(settings: TrainConfig) -> None:
     """Raises `UsageError` for a method, method setting or condition that does not exist, naming the nearest."""
     from ..annotators import ANNOTATORS
-    from ..core.errors import unknown
-    from ..core.tuners import method_config
+    from ..core.errors import UsageError, unknown
+    from ..core.tuners import TUNERS, method_config
 
     method_config(settings.method, settings.tuner)
+    if settings.conditions and not TUNERS[settings.method].takes_conditions:
+        able = ", ".join(name for name, method in TUNERS.items() if method.takes_conditions)
+        raise UsageError(f"--method {settings.method} takes no condition maps. Drop --cond, or use --method {able}.")
     for name in settings.conditions:
         if name not in ANNOTATORS and not settings.maps and settings.data == "photos":
             raise unknown("condition", name, ANNOTATORS)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-
 
 def best_device() -> str:
     """ "cuda" where there is one, else "cpu"."""

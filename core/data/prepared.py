@@ -192,7 +192,7 @@ def prepare(
     _say_too_long(items, store.too_long(captions), say)
     if faults:
         shown = "; ".join(map(str, faults[:3]))
-        say(f"{len(faults)} images left out: {shown}{' …' if len(faults) > 3 else ''}")
+        say(f"{len(faults)} image{'s' if len(faults) > 1 else ''} left out: {shown}{' …' if len(faults) > 3 else ''}")
     return prepared
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import cv2
 import numpy as np
 
-from ...annotators import ANNOTATORS
+from ...annotators import annotator_like
 from ...annotators.base import Annotator
 from ...core.data.conditions import condition
 from ...core.errors import SctoolError
@@ -52,13 +52,12 @@ class ControlScore(ImageFigures):
     def annotator(self) -> Annotator:
         """What extracts the condition from drawn images."""
         if self._annotator is None:
-            cls = ANNOTATORS[self.cond]
-            settings = {key: value for key, value in self._map_settings.items() if key in cls.Settings.model_fields}
+            settings = self._map_settings
             if self.independent:
                 from ...annotators.networks.weights import default
 
                 settings = {"model": default(self.cond, "evaluator").name}
-            self._annotator = cls(cls.Settings.model_validate(settings))
+            self._annotator = annotator_like(self.cond, settings)
         return self._annotator
 
     def ready(self) -> None:

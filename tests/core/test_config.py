@@ -212,3 +212,10 @@ def test_a_local_path_is_never_asked_of_the_hub(capsys: pytest.CaptureFixture[st
     for base in ("./nowhere", "../nowhere", "~/nowhere-at-all"):
         assert run(["methods", "--base", base]) == 2
         assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_conditions_of_a_method_without_them_are_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "--method", "full", "--cond", "canny", "--base", str(tmp_path / "nowhere")]) == 2
+    assert "--method full takes no condition maps. Drop --cond, or use --method scedit." in capsys.readouterr().err

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import DiTTransformer2DModel
 from peft import LoraConfig
 from torch import nn
 
@@ -17,6 +17,8 @@ from sctool.core.sites.layers import layer_site, layers
 from sctool.core.sites.skips import middle, skips
 from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners.base import SiteTuner
+
+from ..tiny import unet
 
 
 class NoSettings(Config):
@@ -111,20 +113,6 @@ class Reading(SiteTuner):
             return None
         (value,) = call.features.values()
         return (self.weight * value)[:, None, None, None].expand_as(x)
-
-
-def unet(**more):
-    torch.manual_seed(0)
-    options = {
-        "block_out_channels": (8, 16),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 4,
-    }
-    return UNet2DConditionModel(**options | more).requires_grad_(False).eval()
 
 
 def dit():

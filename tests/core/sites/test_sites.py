@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from sctool.core.backbones.architectures import KNOWN, Architecture
 from sctool.core.config import SCEditConfig
@@ -12,21 +11,9 @@ from sctool.core.sites.skips import skips
 from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners.scedit import SCEdit
 
+from ..tiny import unet
+
 TEXT = {"prompt_embeds": torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))}
-
-
-def unet(**more):
-    torch.manual_seed(0)
-    options = {
-        "block_out_channels": (8, 16),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 4,
-    }
-    return UNet2DConditionModel(**options | more).requires_grad_(False).eval()
 
 
 def call(net, size=(8, 8), **kwargs):

@@ -7,7 +7,6 @@ import types
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from sctool.core.backbones.families import family_of_denoiser
 from sctool.core.checkpoint import load_tuner, save_tuner
@@ -16,26 +15,14 @@ from sctool.core.sites.attaching import TunedBackbone, tuned
 from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners import TUNERS, method_config, tuner_class
 
+from ..tiny import unet
+
 CASES = [
     pytest.param(method, conditions, id=method + "-".join(("", *conditions)))
     for method, row in TUNERS.items()
     for conditions in ((), *((("canny",), ("canny", "color")) if row.takes_conditions else ()))
 ]
 every_method = pytest.mark.parametrize(("method", "conditions"), CASES)
-
-
-def unet(**more):
-    torch.manual_seed(0)
-    options = {
-        "block_out_channels": (8, 16),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 4,
-    }
-    return UNet2DConditionModel(**options | more).requires_grad_(False).eval()
 
 
 def build(net, method, conditions, shaken=True, **settings):
