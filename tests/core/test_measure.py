@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sctool.core import measure
-from sctool.core.devices import PRECISIONS, best_device, choose_precision, torch_dtype
+from sctool.core.devices import best_device, choose_precision, torch_dtype
 from sctool.core.measure import PeakMemory, in_turns, peak_so_far, saved_bytes
 
 
@@ -84,7 +84,7 @@ def test_peak_memory_is_that_of_the_work() -> None:
 
 
 def test_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [torch_dtype(name) for name in PRECISIONS] == [torch.float32, torch.bfloat16, torch.float16]
+    assert [torch_dtype(name) for name in ("fp32", "bf16", "fp16")] == [torch.float32, torch.bfloat16, torch.float16]
     for supported in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
         monkeypatch.setattr(torch.cuda, "is_available", lambda supported=supported: supported)
