@@ -65,11 +65,13 @@ def train(
         "cond": cond,
     }  # fmt: skip
     from ..core.errors import SctoolError, UsageError
+    from ..core.tuners import with_learning_rate
 
     if cond is not None and not cond.strip(" ,"):
         raise UsageError("--cond names no condition; leave it out to train without control.")
     settings = resolve_config(TrainConfig, preset_name=preset, file=config, flags=flags, pairs=pairs or ())
     check_names(settings)
+    settings = with_learning_rate(settings)
 
     from ..annotators.training_sets import open_training_sets
     from ..core.backbones.bases import family_of, resolution

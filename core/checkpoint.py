@@ -73,6 +73,7 @@ def describe(tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = 
         "method": tuner.method,
         "config": tuner.config.model_dump(mode="json"),
         "conditions": list(tuner.conditions),
+        **({"classes": list(tuner.classes)} if tuner.classes else {}),
         "maps": dict(maps or {}),
         "base": {"id": backbone.id, "hash": backbone.hash, "family": backbone.family.name},
         "licence": backbone.licence,
@@ -113,7 +114,9 @@ def load_tuner(path: str | Path, target: Backbone | nn.Module, force: bool = Fal
         _check_base(file, meta, target)
     config = method_config(meta["method"], meta["config"])
     try:
-        tuner = tuner_class(meta["method"]).build(config, denoiser, tuple(meta["conditions"]), meta["vae_scale"])
+        tuner = tuner_class(meta["method"]).build(
+            config, denoiser, tuple(meta["conditions"]), meta["vae_scale"], tuple(meta.get("classes", ()))
+        )
     except UsageError as error:  # e.g. it edits a skip that this denoiser lacks
         raise SctoolError(f"tuner '{file}' does not fit {_named(target)}: {error}") from error
     _check_shapes(file, meta, tuner, target)

@@ -96,7 +96,7 @@ class TrainConfig(Config):
     steps: int = Field(1000, ge=1, description="optimizer steps")
     batch: int = Field(8, ge=1, description="images per batch, over all processes")
     accumulate: int = Field(1, ge=1, description="batches accumulated per optimizer step")
-    lr: float = Field(1e-4, gt=0, description="learning rate")
+    lr: float | None = Field(None, gt=0, description="learning rate; the method's own when not given")
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
         "constant", description="learning rate schedule"
     )
@@ -111,6 +111,12 @@ class TrainConfig(Config):
     compile: bool = Field(False, description="torch.compile the denoiser")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting (arXiv 2303.09556), usually 5")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty prompt")
+    mask: float = Field(
+        0.0, ge=0, lt=1, description="share of tokens left out of each training step (transformers only)"
+    )
+    mask_anneal: float = Field(
+        0.2, ge=0, le=1, description="share of the steps, at the end, over which mask falls to 0"
+    )
     hint_dropout: float = Field(0.0, ge=0, le=1, description="share of hints replaced by black")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 for none")
     seed: int = Field(0, description="seed of everything random")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .backbones.architectures import Architecture
+from .errors import DoesNotFit
 from .tuners import TUNERS, Variant, method_config, tuner_class
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ def count(base: Architecture, method: str, variant: Variant, denoiser: nn.Module
 
 def counts(base: Architecture) -> list[Count]:
     """The variants of all methods on `base`; one that edits a site which the base does not have is left out."""
-    from .tuners.base import DoesNotFit
-
     denoiser = base.denoiser()
     total, rows = parameters(denoiser), []
     for method, row in TUNERS.items():

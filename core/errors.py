@@ -18,6 +18,10 @@ class UsageError(SctoolError):
     exit_code = 2
 
 
+class DoesNotFit(UsageError):
+    """Settings that a denoiser does not allow, such as a skip that it does not have."""
+
+
 class Interrupted(SctoolError):
     """SIGINT (exit code 130) or SIGTERM (143) ended the work after saving; the message says how to continue."""
 

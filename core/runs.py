@@ -37,8 +37,10 @@ FREE_KEYS = {"save_every", "keep", "validate_every", "sample_every"}
 
 
 def free_keys(config: TrainConfig) -> set[str]:
-    """The settings that may differ; the number of steps only where the learning rate does not depend on it."""
-    return FREE_KEYS | ({"steps"} if config.schedule == "constant" else set())
+    """The settings that may differ; the number of steps only where neither learning rate nor masking depend on it."""
+    return FREE_KEYS | (
+        {"steps"} if config.schedule == "constant" and not (config.mask and config.mask_anneal) else set()
+    )
 
 
 @dataclass(frozen=True)

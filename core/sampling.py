@@ -73,7 +73,7 @@ def sample_batch(
     try:
         latents = backbone.family.sample(
             pipe, _placed(noise, backbone), _placed(rows, backbone), _placed(null, backbone), config,
-            {name: hint.to(backbone.device) for name, hint in hints.items()} if hints else None,
+            {"hint": {name: hint.to(backbone.device) for name, hint in hints.items()}} if hints else None,
         )  # fmt: skip
     finally:
         pipe.scheduler = base_scheduler

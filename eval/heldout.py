@@ -62,13 +62,14 @@ def sample_heldout(
     data is gone.
     """
     from ..core.backbones.loading import load_backbone
-    from ..core.checkpoint import load_tuner
+    from ..core.checkpoint import load_tuner, read_meta
     from ..core.sampling import sample_images, sampling_protocol, write_samples
     from ..core.sites.attaching import tuned
 
     config = run.config
     _data_there(run)
     backbone = load_backbone(config.base, device=best_device(), offline=offline)
+    backbone.classes = tuple(read_meta(run.path).get("classes", ()))
     sampling = sampling or SampleConfig(guidance=config.guidance)
     size = sampling.size or config.size or backbone.resolution
     sampling = sampling.model_copy(update={"size": size})

@@ -35,6 +35,17 @@ KNOWN: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+    "dit-xl-2": {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 28,
+        "sample_size": 32,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+    },
 }
 
 
@@ -60,7 +71,7 @@ class Architecture:
 
 
 def architecture(base: str) -> Architecture:
-    """The shapes of `base`: sd15, sd21, sdxl, mini, a diffusers folder or a downloaded hub id. Reads no weights.
+    """The shapes of `base`: a known name, an embedded base, a diffusers folder or a downloaded hub id. Reads no weights.
 
     Raises `UsageError` for anything else, naming the nearest.
     """

@@ -50,6 +50,8 @@ class Backbone:
     vae_hash: str
     conditioner_hash: str
     pipe: DiffusionPipeline = field(repr=False)
+    classes: tuple[str, ...] = ()
+    """Labels that a tuner adds to those of a class-conditional base."""
 
     @property
     def denoiser(self) -> nn.Module:
@@ -98,7 +100,13 @@ class Backbone:
     def conditioning_id(self) -> tuple[str, ...]:
         """Identity of the conditioning encoder and its precision."""
         encoder = getattr(self.pipe, "text_encoder", None)
-        return self.conditioner_hash, str(encoder.dtype if encoder is not None else torch.float32)
+        dtype = str(encoder.dtype if encoder is not None else torch.float32)
+        return self.conditioner_hash, dtype, *self.family.table_id(self.pipe, self.classes)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The class labels of a class-conditional base."""
+        return self.family.labels(self.pipe)
 
     def noising(self) -> Noising:
         """The forward process of the base's own noise schedule, and the training target."""
@@ -129,7 +137,7 @@ class Backbone:
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Rows:
         """Conditioning rows of prompts; see `Family.encode_prompts`."""
-        return self.family.encode_prompts(self.pipe, prompts)
+        return self.family.encode_prompts(self.pipe, prompts, self.classes)
 
     def too_long(self, prompt: str) -> bool:
         """Whether the prompt is longer than the conditioning encoder reads, so that its end is ignored."""
@@ -194,6 +202,7 @@ def load_backbone(
         pipe = DiffusionPipeline.from_pretrained(str(folder), **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise SctoolError(f"--base {base} cannot be loaded: {str(error).splitlines()[0]}") from error
+    family.prepare(getattr(pipe, family.denoiser_part))
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

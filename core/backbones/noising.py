@@ -6,6 +6,7 @@ flow-matching family brings a class of its own with `timesteps`, `add_noise`, `t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,51 @@ class Noising:
             return self.scheduler.get_velocity(latents, noise, t)
         return latents
 
+    def clean(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The estimate of x_0 (B, C, h, w) that a prediction means."""
+        kept = self._of("alphas_cumprod", t)
+        signal, noise = kept.sqrt(), (1 - kept).sqrt()
+        if self.prediction_type == "epsilon":
+            return (noisy - noise * prediction) / signal
+        if self.prediction_type == "v_prediction":
+            return signal * noisy - noise * prediction
+        return prediction
+
+    def variance_bound(self, latents: Tensor, noisy: Tensor, t: Tensor, prediction: Tensor, values: Tensor) -> Tensor:
+        """The variational bound by which a learned variance is trained, in bits per place, (B, C, h, w).
+
+        Nichol & Dhariwal 2021 (arXiv 2102.09672), eqs. 15 and 16, as DiT trains with it: `values` interpolate between
+        the logarithms of the smallest and the largest variance, and no gradient goes into the mean.
+        """
+        smallest, largest = self._log_variances(t)
+        share = (values + 1) / 2
+        log_variance = share * largest + (1 - share) * smallest
+        mean = self._posterior_mean(self.clean(noisy, prediction.detach(), t), noisy, t)
+        true_mean = self._posterior_mean(latents, noisy, t)
+        ratio = (smallest - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp()
+        divergence = (log_variance - smallest - 1 + ratio) / 2
+        last = -_bin_log_likelihood(latents, mean, log_variance / 2)
+        return torch.where(t.view(-1, 1, 1, 1) == 0, last, divergence) / math.log(2)
+
+    def _of(self, name: str, t: Tensor) -> Tensor:
+        """A schedule's values at timesteps (B,), as (B, 1, 1, 1)."""
+        return getattr(self.scheduler, name).to(t.device)[t].view(-1, 1, 1, 1)
+
+    def _posterior_mean(self, clean: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, arXiv 2006.11239, eq. 7)."""
+        kept, before, beta = self._of("alphas_cumprod", t), self._kept_before(t), self._of("betas", t)
+        return (before.sqrt() * beta * clean + (1 - beta).sqrt() * (1 - before) * noisy) / (1 - kept)
+
+    def _kept_before(self, t: Tensor) -> Tensor:
+        before = self._of("alphas_cumprod", (t - 1).clamp(min=0))
+        return torch.where(t.view(-1, 1, 1, 1) == 0, torch.ones_like(before), before)
+
+    def _log_variances(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log of the posterior's variance (that of t = 1 at t = 0, where it is 0) and of beta."""
+        later = t.clamp(min=1)
+        variance = self._of("betas", later) * (1 - self._kept_before(later)) / (1 - self._of("alphas_cumprod", later))
+        return variance.log(), self._of("betas", t).log()
+
     def snr_weights(self, t: Tensor, gamma: float) -> Tensor:
         """Min-SNR-gamma loss weights (Hang et al. 2023, arXiv 2303.09556, eqs. 5 and 6), (B,).
 
@@ -48,3 +94,18 @@ class Noising:
         snr = compute_snr(self.scheduler, t)
         divisor = {"epsilon": snr, "v_prediction": snr + 1}.get(self.prediction_type, torch.ones_like(snr))
         return snr.clamp(max=gamma) / divisor
+
+
+def _bin_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """The log likelihood of x under a Gaussian cut into 255 bins over -1..1 (Ho et al. 2020, eq. 13).
+
+    The cumulative distribution is the tanh approximation that DiT's own code uses.
+    """
+
+    def below(z: Tensor) -> Tensor:
+        return (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2
+
+    scale = (-log_scale).exp()
+    upper, lower = below((x - mean + 1 / 255) * scale), below((x - mean - 1 / 255) * scale)
+    likelihood = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return likelihood.clamp(min=1e-12).log()

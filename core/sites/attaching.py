@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..backbones.families import family_of_denoiser
 from ..errors import UsageError, unknown
+from .parts import family_of
+from .tokens import TokenMask
 
 Scales = float | Sequence[float]
 
@@ -40,10 +41,16 @@ class Attachment:
     def __init__(self, parts: list[Removable]) -> None:
         self._parts = parts
 
+    def also(self, part: Removable) -> None:
+        """Something else to take off."""
+        self._parts.append(part)
+
     def detach(self) -> None:
         """Takes the tuners off in reverse order; a second call does nothing."""
         while self._parts:
             self._parts.pop().remove()
+
+    remove = detach
 
 
 def attach(
@@ -101,10 +108,14 @@ class TunedBackbone(nn.Module):
 
     def __init__(self, denoiser: nn.Module, *tuners: Any, **attach_options: Any) -> None:
         super().__init__()
-        self.family = family_of_denoiser({**denoiser.config, "_class_name": type(denoiser).__name__})
+        self.family = family_of(denoiser)
         self.denoiser = denoiser.requires_grad_(False)
         self.tuners = nn.ModuleList(tuners).requires_grad_(True)
         self.attachment = attach(denoiser, *tuners, **attach_options)
+        ends = self.family.token_layers(denoiser)
+        self.tokens = TokenMask(*ends) if ends else None
+        if self.tokens:
+            self.attachment.also(self.tokens)
         self.train(denoiser.training)
 
     def train(self, mode: bool = True) -> TunedBackbone:
@@ -118,10 +129,19 @@ class TunedBackbone(nn.Module):
         return self
 
     def forward(
-        self, latents: Tensor, t: Tensor, rows: Mapping[str, Tensor], hints: Mapping[str, Tensor] | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        rows: Mapping[str, Tensor],
+        hints: Mapping[str, Tensor] | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """The prediction (B, C, h, w) for noisy `latents` (B, C, h, w) at timesteps `t` (B,).
+        """The denoiser's output (B, C or 2C, h, w) for noisy `latents` (B, C, h, w) at timesteps `t` (B,).
 
-        `rows` is the family's conditioning, `hints` condition maps (B, 3, H, W) in 0..1 by condition.
+        `rows` is the family's conditioning, `hints` condition maps (B, 3, H, W) in 0..1 by condition. A learned
+        variance is the second half of the channels. `kept` (B, K) are the tokens to compute, all when not given; the
+        output is 0 elsewhere.
         """
-        return self.family.predict(self.denoiser, latents, t, rows, hints)
+        if self.tokens:
+            self.tokens.kept = kept
+        return self.family.output(self.denoiser, latents, t, rows, {"hint": hints} if hints else None)

@@ -1,7 +1,8 @@
 """Inputs of a denoiser as sites: condition columns of its first layer, and further rows of its class tables.
 
 Condition columns: W [z; c] = W_z z + W_c c. The frozen layer gives W_z z; a tuner adds W_c c, its own columns, so the
-denoiser itself is not widened. Class rows: ids beyond the table are looked up in the tuner's rows.
+denoiser itself is not widened. Class rows: ids beyond the table read its last row, the null class, to which a tuner
+adds what makes it a class of its own.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class ClassRows:
 
     @staticmethod
     def hook(denoiser: nn.Module, edits: Sequence[SiteEdit]) -> list[RemovableHandle]:
-        """Two hooks per table: ids beyond it read row 0, and what they read is then edited, given the ids."""
+        """Two hooks per table: ids beyond it read the last row, and what they read is then edited, given the ids."""
         handles = []
         tables = [find_module(denoiser, edit.site.name) for edit in edits]
         for edit, table in zip(edits, tables, strict=True):
@@ -69,7 +70,7 @@ class _RowsHook:
     def clamp(self, table: nn.Module, args: tuple) -> tuple[Any, ...]:
         """Ids (B,) within the table."""
         self.ids = args[0]
-        return (args[0].where(args[0] < self.rows.site.rows, 0), *args[1:])
+        return (args[0].clamp(max=self.rows.site.rows - 1), *args[1:])
 
     def edit(self, table: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """The edited rows (B, D), given the ids as they came."""

@@ -6,6 +6,7 @@ over processes, sees the same numbers as an undisturbed one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,23 +58,47 @@ class Draw:
     t: Tensor  # (B,)
     drop_caption: Tensor  # (B,) bool
     drop_hint: dict[str, Tensor]  # (B,) bool for each condition
+    kept: Tensor | None = None  # (B, K) tokens computed; None for all
 
 
-def training_draw(config: TrainConfig, micro: int, latent: Sequence[int], noising: Noising, share: slice) -> Draw:
+def mask_ratio(config: TrainConfig, step: int) -> float:
+    """The share of tokens left out of step number `step`: `mask`, then falling to 0 over the last `mask_anneal`.
+
+    It falls with cos^4, as MaskDiT's schedule of that name (arXiv 2306.09305, its code).
+    """
+    left = (config.steps - 1 - step) / max(1, config.mask_anneal * config.steps)
+    return config.mask * (math.cos(math.pi / 2 * (1 - left)) ** 4 if left < 1 else 1)
+
+
+def kept_tokens(config: TrainConfig, micro: int, tokens: int) -> Tensor | None:
+    """The tokens (B, K) that each sample of micro-batch `micro` keeps, of `tokens`; None where all are kept."""
+    kept = int(tokens * (1 - mask_ratio(config, micro // config.accumulate)))
+    if kept >= tokens:
+        return None
+    order = torch.rand((config.batch, tokens), generator=generator(config.seed, "mask", micro)).argsort(1)
+    return order[:, : max(1, kept)].sort(1).values
+
+
+def training_draw(
+    config: TrainConfig, micro: int, latent: Sequence[int], noising: Noising, share: slice, tokens: int = 0
+) -> Draw:
     """This process's share of the draws for micro-batch `micro`, with latents of shape `latent` (C, h, w).
 
-    The whole batch is drawn, so the numbers are the same whatever the number of processes.
+    The whole batch is drawn, so the numbers are the same whatever the number of processes. `tokens` is how many a
+    transformer makes of a latent; 0 for denoisers without tokens.
     """
     g, count = generator(config.seed, "draw", micro), config.batch
     noise = torch.randn((2, count, *latent), generator=g)
     t = noising.timesteps(count, g)
     chance = torch.rand((1 + len(config.conditions), count), generator=g)
+    kept = kept_tokens(config, micro, tokens) if tokens else None
     return Draw(
         noise[0, share],
         noise[1, share],
         t[share],
         chance[0, share] < config.caption_dropout,
         {name: chance[1 + i, share] < config.hint_dropout for i, name in enumerate(config.conditions)},
+        None if kept is None else kept[share],
     )
 
 

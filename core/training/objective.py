@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..sites.tokens import kept_places
 from .batches import Draw
 
 if TYPE_CHECKING:
@@ -44,10 +45,14 @@ class DiffusionObjective:
     dtype: torch.dtype
     autocast: torch.dtype | None = None
     snr_gamma: float | None = None
+    variance: bool = True
+    """Train a learned variance too, where the base has one."""
+    patch: int = 1
+    """The side of a token in the latent, for token masking."""
 
     def unweighted(self) -> DiffusionObjective:
-        """The same without min-SNR weights, as held-out losses are reported."""
-        return replace(self, snr_gamma=None)
+        """The error of the prediction alone and without min-SNR weights, as held-out losses are reported."""
+        return replace(self, snr_gamma=None, variance=False)
 
     def __call__(self, net: nn.Module, batch: Mapping[str, Any], draw: Draw) -> Tensor:
         """The loss of each sample, (B,) float32, weighted by min-SNR where `snr_gamma` is given."""
@@ -57,10 +62,19 @@ class DiffusionObjective:
         noisy = self.noising.add_noise(latents, noise, t)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             rows = {**self._rows(batch["text"], draw), **self.family.size_rows(len(t), self.size, self.device)}
-            prediction = net(noisy.to(self.dtype), t, rows, self._hints(batch["hints"], draw) or None)
-            target = self.noising.target(latents, noise, t)
-            losses = (prediction.float() - target.float()).square().flatten(1).mean(1)
-            return losses if self.snr_gamma is None else losses * self.noising.snr_weights(t, self.snr_gamma)
+            kept = None if draw.kept is None else draw.kept.to(self.device)
+            output = net(noisy.to(self.dtype), t, rows, self._hints(batch["hints"], draw) or None, kept)
+        prediction, values = _split(output.float(), latents.shape[1])
+        target = self.noising.target(latents, noise, t)
+        errors = (prediction - target.float()).square()
+        if self.snr_gamma is not None:
+            errors = errors * self.noising.snr_weights(t, self.snr_gamma).view(-1, 1, 1, 1)
+        if values is not None and self.variance:
+            errors = errors + self.noising.variance_bound(latents, noisy, t, prediction, values)
+        if kept is None:
+            return errors.flatten(1).mean(1)
+        places = kept_places(kept, (latents.shape[2], latents.shape[3]), self.patch).expand_as(errors)
+        return (errors * places).flatten(1).sum(1) / places.flatten(1).sum(1)
 
     def _rows(self, batch: Mapping[str, Tensor], draw: Draw) -> Rows:
         """Conditioning rows, those of dropped captions replaced by the null row."""
@@ -81,3 +95,8 @@ class DiffusionObjective:
     def _input(self, values: Tensor) -> Tensor:
         """On the device; numbers in the network's dtype, ids as they are."""
         return values.to(self.device, self.dtype if values.is_floating_point() else values.dtype)
+
+
+def _split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """The prediction and, where the base has one, its learned variance."""
+    return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None

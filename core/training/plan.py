@@ -14,7 +14,7 @@ from ..data.records import Source
 from ..devices import best_device, choose_precision, torch_dtype
 from ..measure import saved_bytes
 from ..sites.attaching import TunedBackbone
-from .setup import build_model, build_tuner
+from .setup import added_classes, build_model, build_tuner
 from .splits import split_records
 
 ADAM_STATES = 4  # float32 numbers per trained weight: the weight, its gradient, AdamW's two moments
@@ -43,6 +43,7 @@ def plan_run(
     size = config.size or backbone.resolution
     backbone.check_size(size)
     training, validation = split_records(source, held_out, config)
+    backbone.classes = added_classes(config, source, held_out, backbone)
     tuner = build_tuner(config, backbone)
     trainable = sum(p.numel() for p in tuner.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in backbone.denoiser.parameters())
@@ -58,6 +59,7 @@ def plan_run(
         "cond": list(config.conditions),
         "base": config.base,
         "sites": tuner.describe_sites(),
+        "classes_added": list(backbone.classes),
         "trainable": trainable,
         "frozen": frozen,
         "precision": precision,

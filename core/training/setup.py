@@ -15,7 +15,7 @@ from torch import nn
 from ..backbones.loading import Backbone, load_backbone
 from ..backbones.noising import Noising
 from ..backbones.upsampling import fold_upsampling
-from ..checkpoint import load_tuner
+from ..checkpoint import load_tuner, read_meta
 from ..config import TrainConfig
 from ..data.prepared import PreparedSet, prepare
 from ..data.records import Source
@@ -24,7 +24,7 @@ from ..errors import UsageError
 from ..progress import Progress
 from ..runs import Run
 from ..sites.attaching import TunedBackbone
-from ..tuners import method_config, tuner_class
+from ..tuners import method_config, tuner_class, with_learning_rate
 from ..tuners.base import Tuner
 from .objective import DiffusionObjective, Objective
 from .splits import split_records
@@ -61,6 +61,28 @@ def prepare_data(
     return Data(prepared(training, config.flip), prepared(validation, False) if validation else None)
 
 
+def added_classes(config: TrainConfig, source: Source, held_out: Source | None, backbone: Backbone) -> tuple[str, ...]:
+    """The classes of the sets that the base does not know, which the tuner adds; those of `init`, where it is given.
+
+    Raises `UsageError` when the data has classes that `init` does not have.
+    """
+    family = backbone.family
+    rule = family.prompt_rule(config.trigger, config.caption)
+    classes = family.added(backbone.pipe, {rule(record) for part in (source, held_out or ()) for record in part})
+    if not config.init:
+        return classes
+    theirs = tuple(read_meta(config.init).get("classes", ()))
+    if missing := sorted(set(classes) - set(theirs)):
+        raise UsageError(f"init={config.init} has no class {', '.join(missing)}, which the data has; leave init out.")
+    return theirs
+
+
+def patch_side(denoiser: nn.Module) -> int:
+    """The side of a transformer's token in the latent; 1 for other denoisers."""
+    config: Any = denoiser.config
+    return config.get("patch_size") or 1
+
+
 def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
     """The untrained tuner of `config`, or the one in `config.init` to go on from.
 
@@ -69,7 +91,9 @@ def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
     settings = method_config(config.method, config.tuner)
     if not config.init:
         torch.manual_seed(config.seed)
-        return tuner_class(config.method).build(settings, backbone.denoiser, config.conditions, backbone.vae_scale)
+        return tuner_class(config.method).build(
+            settings, backbone.denoiser, config.conditions, backbone.vae_scale, backbone.classes
+        )
     tuner = load_tuner(config.init, backbone)
     same = tuner.config == settings or not config.tuner
     if tuner.method != config.method or tuple(tuner.conditions) != config.conditions or not same:
@@ -128,13 +152,12 @@ def set_up(
     precision: str,
 ) -> Training:
     """Attaches the tuner, makes optimizer and objective, and restores the newest state. `data` has been prepared."""
-    device = accelerator.device
+    device, config = accelerator.device, with_learning_rate(config)
+    lr = config.lr or 0.0
     autocast = tuner.needs_autocast or precision == "fp16"  # fp32 master weights in the forward pass need it
     model = build_model(backbone.denoiser, tuner, config.checkpointing).to(device, memory_format=torch.channels_last)
     parameters = [p for p in tuner.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters, lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     rates = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     ema = EMAModel(parameters, decay=config.ema) if config.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -151,11 +174,12 @@ def set_up(
         dtype=torch.float32 if autocast else torch_dtype(precision),
         autocast=torch_dtype(precision) if autocast and precision != "fp32" else None,
         snr_gamma=config.snr_gamma,
+        patch=patch_side(backbone.denoiser),
     )
     net, factor = accelerator.prepare_model(model), rates.lr_lambdas[0]
     return Training(
         config, run, accelerator, backbone, data, tuner, model, net, objective, noising, parameters, optimizer,
-        lambda step: config.lr * factor(step), ema, scaler, precision, start, recent,
+        lambda step: lr * factor(step), ema, scaler, precision, start, recent,
     )  # fmt: skip
 
 

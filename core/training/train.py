@@ -20,7 +20,7 @@ from ..runs import Run
 from ..signals import Stop
 from .card import write_card
 from .log import Logger, LossMeter, StepFigures, Summary, refuse_divergence
-from .setup import Training, build_tuner, load_for_training, prepare_data, set_up
+from .setup import Training, added_classes, build_tuner, load_for_training, prepare_data, set_up
 from .state import save_state
 from .trainer import Trainer, averaged
 from .validate import Measures, Validator
@@ -50,6 +50,7 @@ def train(
         raise UsageError(f"batch={config.batch} cannot be shared evenly among {accelerator.num_processes} processes.")
     progress = Progress(quiet or not accelerator.is_main_process)
     backbone, precision = load_for_training(config, accelerator.device, offline)
+    backbone.classes = added_classes(config, source, held_out, backbone)
     with accelerator.main_process_first():
         data = prepare_data(config, source, held_out, backbone, progress)
     if not len(data.train):  # all processes find the same

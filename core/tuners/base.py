@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..errors import UsageError, unknown
-from ..sites.attaching import Removable
+from ..errors import unknown
+from ..sites.attaching import Attachment, Removable
 from ..sites.site import Call, Features, Inputs
 from ..sites.wiring import Attached, Wiring
+from .classes import NewClasses
 
 T = TypeVar("T", bound="Tuner")
 
@@ -34,20 +35,32 @@ class Tuner(nn.Module):
         """A method's own class takes (config, denoiser, conditions, vae_scale); see `build`."""
         super().__init__()
         self.config, self.conditions, self.vae_scale = config, tuple(conditions), vae_scale
+        self.classes: tuple[str, ...] = ()
+        self.new_classes: NewClasses | None = None
 
     @classmethod
     def build(
-        cls: type[T], config: Config, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
+        cls: type[T],
+        config: Config,
+        denoiser: nn.Module,
+        conditions: tuple[str, ...] = (),
+        vae_scale: int = 8,
+        classes: tuple[str, ...] = (),
     ) -> T:
         """A new tuner for `denoiser`, on its device; on the meta device it has shapes and no storage.
 
-        `conditions` are names of maps to control by; `vae_scale` is the autoencoder's downsampling factor. New weights
-        come from torch's CPU generator whatever the device, so a seed gives the same tuner everywhere.
+        `conditions` are names of maps to control by; `vae_scale` is the autoencoder's downsampling factor; `classes`
+        are labels added to those of a class-conditional base. New weights come from torch's CPU generator whatever the
+        device, so a seed gives the same tuner everywhere.
         Raises `UsageError` for settings that do not fit the denoiser.
         """
         device = next(denoiser.parameters()).device
         with torch.device("meta" if device.type == "meta" else "cpu"):
-            return cls(config, denoiser, conditions, vae_scale).to(device)
+            tuner = cls(config, denoiser, conditions, vae_scale)
+            tuner.classes = tuple(classes)
+            if classes:
+                tuner.new_classes = NewClasses(denoiser, len(classes), vae_scale)
+            return tuner.to(device)
 
     def describe_sites(self) -> list[str]:
         """Where it acts, in words, for `--dry-run`."""
@@ -66,6 +79,26 @@ class Tuner(nn.Module):
         normalize: bool | None = None,
     ) -> Removable:
         """Makes `denoiser` use this tuner until the value returned is removed. See `sites.attaching.attach`."""
+        own = self.act(denoiser, scale=scale, weights=weights, normalize=normalize)
+        if self.new_classes is None:
+            return own
+        parts = Attachment([own])
+        try:
+            parts.also(Wiring.add(denoiser, self.new_classes, scale, {}, True))
+        except BaseException:
+            parts.remove()
+            raise
+        return parts
+
+    def act(
+        self,
+        denoiser: nn.Module,
+        *,
+        scale: float = 1.0,
+        weights: Mapping[str, float] | None = None,
+        normalize: bool | None = None,
+    ) -> Removable:
+        """`attach` without new classes: what a method has of its own."""
         raise NotImplementedError
 
 
@@ -100,7 +133,7 @@ class SiteTuner(Tuner):
         """What to add to the unedited value x of a site, or None. `call.features` is {} when no hint was given."""
         raise NotImplementedError
 
-    def attach(
+    def act(
         self,
         denoiser: nn.Module,
         *,
@@ -111,10 +144,6 @@ class SiteTuner(Tuner):
         """Joins the denoiser's wiring. Raises `SctoolError` when a site is not there or the tuner is attached."""
         weights = {**self.weights, **(weights or {})}
         return Wiring.add(denoiser, self, scale, weights, self.normalize if normalize is None else normalize)
-
-
-class DoesNotFit(UsageError):
-    """Settings that this denoiser does not allow, such as a skip that it does not have."""
 
 
 def known_conditions(names: Mapping[str, Any], conditions: tuple[str, ...]) -> None:

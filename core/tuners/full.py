@@ -58,7 +58,7 @@ class Full(Tuner):
         """All weights."""
         return [f"all {sum(p.numel() for p in self.parameters()):,} weights"]
 
-    def attach(
+    def act(
         self,
         denoiser: nn.Module,
         *,
@@ -69,7 +69,8 @@ class Full(Tuner):
         """Swaps the parameters in. Raises `SctoolError` when they do not fit or are in already."""
         if scale != 1:
             raise UsageError(f"a fully tuned model has no scale, but {scale} was given; use 1.")
-        own, theirs = dict(self.named_parameters()), dict(denoiser.named_parameters())
+        own = {name: p for name, p in self.named_parameters() if not name.startswith("new_classes.")}
+        theirs = dict(denoiser.named_parameters())
         if own.keys() != theirs.keys() or any(own[name].shape != theirs[name].shape for name in own):
             raise SctoolError("this fully tuned model has other weights than the denoiser; it belongs to another base.")
         if any(own[name] is theirs[name] for name in own):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SCEditConfig
-from ..errors import SctoolError, UsageError
+from ..errors import DoesNotFit, SctoolError, UsageError
 from ..sites.site import Call, Features, Inputs
 from ..sites.skips import Skip, skips
-from .base import DoesNotFit, SiteTuner, known_conditions
+from .base import SiteTuner, known_conditions
 
 
 def conv(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:

@@ -7,10 +7,11 @@ from typing import Any
 
 from ...errors import UsageError
 from .base import Family
+from .dit import DiT
 from .sd import StableDiffusion
 from .sdxl import StableDiffusionXL
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL(), DiT())
 
 
 def family_of_pipeline(pipeline: str, base: str) -> Family:

@@ -6,7 +6,7 @@ A new kind of base (a class-conditional transformer, a flow-matching model) is o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...data.prompts import Prompt, PromptRule
@@ -50,6 +50,9 @@ class Family(ABC):
     def build_denoiser(self, config: Mapping[str, Any]) -> nn.Module:
         """The denoiser with random weights, on torch's current default device."""
 
+    def prepare(self, denoiser: nn.Module) -> None:  # noqa: B027 - most need nothing
+        """Brings a denoiser into the form that this project uses, with the same weights and outputs."""
+
     def latent_size(self, config: Mapping[str, Any]) -> int:
         """The side of the latents that the base was trained on."""
         size = config["sample_size"]
@@ -65,15 +68,46 @@ class Family(ABC):
 
         return {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
+    # ------------------------------------------------------------------------------------------- where tuners act
+
+    parts: ClassVar[Mapping[str, str]] = {}
+    """Named groups of linear and convolutional layers: a regular expression over layer names for each."""
+    adapted: ClassVar[tuple[str, ...]] = ()
+    """The parts that layer methods adapt when none are chosen."""
+    bottleneck: ClassVar[int] = 32
+    """The width of DiffScaler's low-rank branch when none is chosen."""
+
+    def token_layers(self, denoiser: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+        """The modules that make tokens (B, L, D) of latents and give tokens back at the end; None without tokens."""
+        return None
+
     # ------------------------------------------------------------------------------------------------ conditioning
+
+    by_class: ClassVar[bool] = False
+    """Conditioned on class labels instead of text."""
+
+    def labels(self, pipe: Any) -> tuple[str, ...]:
+        """The class labels that the base knows; () for bases that are conditioned on text."""
+        return ()
+
+    def added(self, pipe: Any, prompts: Iterable[str]) -> tuple[str, ...]:
+        """The labels among `prompts` that the base does not know, sorted: classes for a tuner to add."""
+        return ()
+
+    def table_id(self, pipe: Any, classes: Sequence[str]) -> tuple[str, ...]:
+        """Identity of the class table: rows of another one must not be mixed with these."""
+        return ()
 
     def prompt_rule(self, trigger: str, template: str) -> Prompt:
         """The prompt of an image; a family that is conditioned on classes returns the class label instead."""
         return PromptRule(trigger, template)
 
     @abstractmethod
-    def encode_prompts(self, pipe: Any, prompts: list[str]) -> Rows:
-        """Conditioning rows of prompts, one row each. The null row is that of the empty prompt."""
+    def encode_prompts(self, pipe: Any, prompts: list[str], classes: Sequence[str] = ()) -> Rows:
+        """Conditioning rows of prompts, one row each. The null row is that of the empty prompt.
+
+        `classes` are labels that a tuner adds to those of a class-conditional base.
+        """
 
     @abstractmethod
     def too_long(self, pipe: Any, prompt: str) -> bool:
@@ -90,24 +124,33 @@ class Family(ABC):
     # ------------------------------------------------------------------------------------- predicting and sampling
 
     @abstractmethod
+    def output(
+        self, denoiser: nn.Module, latents: Tensor, t: Tensor, rows: Mapping[str, Tensor],
+        channel: Mapping[str, Any] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """All that the denoiser returns for noisy latents (B, C, h, w) at timesteps (B,): (B, C or 2C, h, w).
+
+        The second half of the channels, where there is one, is a learned variance. `channel` is what the tuners get
+        through the denoiser's open channel; see `sites.wiring`.
+        """
+
     def predict(
         self, denoiser: nn.Module, latents: Tensor, t: Tensor, rows: Mapping[str, Tensor],
         hints: Mapping[str, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """What the denoiser predicts (B, C, h, w) for noisy latents (B, C, h, w) at timesteps (B,).
-
-        A learned variance is split off. `hints` (B, 3, H, W) reach the tuners through the denoiser's open channel.
-        """
+        """What the denoiser predicts (B, C, h, w), without a learned variance; `hints` are (B, 3, H, W) in 0..1."""
+        channel = {"hint": hints} if hints else None
+        return self.output(denoiser, latents, t, rows, channel)[:, : latents.shape[1]]
 
     @abstractmethod
     def sample(
         self, pipe: Any, noise: Tensor, rows: Rows, null: Rows, config: SampleConfig,
-        hints: Mapping[str, Tensor] | None = None,
+        channel: Mapping[str, Any] | None = None,
     ) -> Tensor:  # fmt: skip
         """Latents (B, C, h, w) drawn from `noise` with the scheduler that `pipe` has, by the pipeline or an equal loop.
 
         `rows` has a conditioning row per image, `null` one for guidance; all on the denoiser's device and in its
-        precision. The size is that of the noise; steps and guidance are the config's.
+        precision. The size is that of the noise; steps and guidance are the config's. `channel` as for `output`.
         """
 
     def noising(self, pipe: Any) -> Noising:

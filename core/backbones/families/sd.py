@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
@@ -31,6 +31,14 @@ class StableDiffusion(Family):
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
+    parts = {  # noqa: RUF012 - a constant
+        "down_blocks": r"^down_blocks\.",
+        "mid_block": r"^mid_block\.",
+        "up_blocks": r"^up_blocks\.",
+        "attention": r"\.attn[12]\.to_(q|k|v|out\.0)$",
+        "whole": "",
+    }
+    adapted = ("down_blocks",)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """A text-conditional U-Net without SDXL's extra conditioning."""
@@ -54,7 +62,7 @@ class StableDiffusion(Family):
 
         return UNet2DConditionModel.from_config(dict(config))
 
-    def encode_prompts(self, pipe: Any, prompts: list[str]) -> Rows:
+    def encode_prompts(self, pipe: Any, prompts: list[str], classes: Sequence[str] = ()) -> Rows:
         """{"prompt_embeds": (B, L, D)}."""
         embeds, _ = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)
         return {"prompt_embeds": embeds}
@@ -76,13 +84,13 @@ class StableDiffusion(Family):
 
         return {"prompt_embeds": torch.zeros(batch, TOKENS, config["cross_attention_dim"], device=device)}
 
-    def predict(
+    def output(
         self, denoiser: nn.Module, latents: Tensor, t: Tensor, rows: Mapping[str, Tensor],
-        hints: Mapping[str, Tensor] | None = None,
+        channel: Mapping[str, Any] | None = None,
     ) -> Tensor:  # fmt: skip
         """As in the contract; computed in the denoiser's precision."""
         dtype = denoiser.dtype
-        options: dict[str, Any] = {"cross_attention_kwargs": {"hint": hints}} if hints else {}
+        options: dict[str, Any] = {"cross_attention_kwargs": dict(channel)} if channel else {}
         options |= self.further_arguments(rows, dtype)
         embeds = rows["prompt_embeds"].to(dtype)
         return denoiser(latents.to(dtype), t, embeds, return_dict=False, **options)[0]
@@ -93,10 +101,10 @@ class StableDiffusion(Family):
 
     def sample(
         self, pipe: Any, noise: Tensor, rows: Rows, null: Rows, config: SampleConfig,
-        hints: Mapping[str, Tensor] | None = None,
+        channel: Mapping[str, Any] | None = None,
     ) -> Tensor:  # fmt: skip
         """As in the contract."""
-        channel = {"cross_attention_kwargs": {"hint": hints}} if hints else {}
+        options = {"cross_attention_kwargs": dict(channel)} if channel else {}
         return pipe(
             height=noise.shape[-2] * pipe.vae_scale_factor,
             width=noise.shape[-1] * pipe.vae_scale_factor,
@@ -107,7 +115,7 @@ class StableDiffusion(Family):
             output_type="latent",
             return_dict=False,
             **self.pipeline_conditioning(rows, null, len(noise)),
-            **channel,
+            **options,
         )[0]
 
     def pipeline_conditioning(self, rows: Rows, null: Rows, count: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .sd import StableDiffusion
@@ -29,7 +29,7 @@ class StableDiffusionXL(StableDiffusion):
         """A U-Net with SDXL's pooled text and size conditioning."""
         return config.get("addition_embed_type") == "text_time"
 
-    def encode_prompts(self, pipe: Any, prompts: list[str]) -> Rows:
+    def encode_prompts(self, pipe: Any, prompts: list[str], classes: Sequence[str] = ()) -> Rows:
         """{"prompt_embeds": (B, L, D), "pooled": (B, P)}."""
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompts, device=pipe.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False

@@ -27,7 +27,7 @@ from sctool.core.sampling import Request, sample_images
 def test_known_bases_are_recognised_and_dummy_rows_run_through_them(base: str) -> None:
     shapes = architecture(base)
     family = shapes.family
-    assert family.name == ("sdxl" if base == "sdxl" else "sd")
+    assert family.name == {"sdxl": "sdxl", "dit-xl-2": "dit"}.get(base, "sd")
     small = {"block_out_channels": [8] * len(KNOWN[base].get("block_out_channels", [0] * 4)), "norm_num_groups": 4}
     small |= {"attention_head_dim": 4, "transformer_layers_per_block": 1}
     with torch.device("meta"):
