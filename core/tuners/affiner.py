@@ -152,7 +152,7 @@ class Lean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y, h, a, up, gate, offset, x, layer, near, linear):  # noqa: ANN001, ANN205
+    def forward(ctx: Any, y, h, a, up, gate, offset, x, layer, near, linear):
         """As `Affiner.lean`; a method of autograd's, so its arguments are the tensors that may need gradients."""
         added = change(y, h, a, up, gate, offset, layer.bias, linear)
         out = y.clone() if added is None else y + added
@@ -162,7 +162,7 @@ class Lean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, g):
         """Gradients of y, h, a, up, gate and offset."""
         out, h, a, up, gate, offset, x, near = ctx.saved_tensors
         wide, linear, bias = torch.promote_types(g.dtype, torch.float32), ctx.linear, ctx.layer.bias

@@ -8,7 +8,7 @@ separate encoder, no zero convolutions": here, as further columns of W_down at t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from ..config import DiffScalerConfig
 from ..errors import DoesNotFit, SctoolError, UsageError
-from ..sites.hints import tensor_version
 from ..sites.inputs import input_layer
 from ..sites.layers import Layer, find_module
 from ..sites.parts import chosen_layers, family_of
@@ -52,7 +51,6 @@ class DiffScaler(SiteTuner):
         for site in sites:
             self._add(site, biased=find_module(denoiser, site.name).bias is not None)
         self._latent: Callable[[Tensor], Tensor] | None = None
-        self._near: tuple[Any, dict[str, Tensor]] | None = None
 
     def _check(self, denoiser: nn.Module) -> None:
         config = self.config
@@ -144,41 +142,39 @@ class DiffScaler(SiteTuner):
         if any(parameter.requires_grad for parameter in layer.parameters()):
             return None
         if "near" not in call.scratch:
-            call.scratch["near"] = self._near_zero()
+            call.scratch["near"] = near_zero({one.name: self.affiners[key(one.name)].scale for one in self.sites})
         near = call.scratch["near"].get(site.name)
         h, gate = self._hidden(site, x, call)
         return self.affiners[key(site.name)].lean(x, h, gate, layer, call.given, near)
 
     def _hidden(self, site: Layer, x: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """h and s of the site's branch; h is computed once for all layers of a group that are given the same tensor."""
-        name = self.branch_of[site.name]
         if not self.dim:
             return None, None
-        branch, last = self.branches[key(name)], call.scratch.get("hidden")
+        name = self.branch_of[site.name]
+        branch: Any = self.branches[key(name)]
+        last = call.scratch.get("hidden")
         if last is not None and last[0] == name and last[1] is call.given:
             return last[2], branch.gate
-        given = [
-            (condition, call.alphas[condition], features)
-            for condition, features in (call.features.items() if site == self.first else ())
-            if call.alphas[condition] != 0
-        ]
-        h = branch(call.given, x, given)
+        h = branch(call.given, x, self._weighted(call) if site == self.first else ())
         if name != site.name:
-            call.scratch["hidden"] = (name, call.given, h)
+            call.scratch["hidden"] = name, call.given, h
         return h, branch.gate
 
-    def _near_zero(self) -> dict[str, Tensor]:
-        """The rows of each layer where |1 + a| < NEAR: looked for once per change of the weights, for all layers."""
-        scales = {site.name: self.affiners[key(site.name)].scale for site in self.sites if self.config.scale}
-        versions = [tensor_version(a) for a in scales.values()]
-        if self._near is None or self._near[0] != versions:
-            self._near = versions, near_zero(scales)
-        return self._near[1]
+    @staticmethod
+    def _weighted(call: Call) -> list[tuple[str, float, Tensor]]:
+        """The conditions that have a hint now, with their weights and features."""
+        named = call.features.items()
+        return [(name, call.alphas[name], features) for name, features in named if call.alphas[name] != 0]
 
 
-def near_zero(scales: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of each a where |1 + a| < NEAR, of the layers that have any; {} where the values are not known."""
-    if not scales or any(a.is_meta or isinstance(a, FakeTensor) for a in scales.values()):
+def near_zero(scales: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """The rows of each a where |1 + a| < NEAR, of the layers that have any; {} where the values are not known.
+
+    All layers at once, for one look at the device's memory. The answer holds for one call only: an optimizer changes a,
+    and a fused one without changing its version.
+    """
+    if any(a is None or a.is_meta or isinstance(a, FakeTensor) for a in scales.values()):
         return {}
     near = (1 + torch.cat([a.detach() for a in scales.values()])).abs() < NEAR
     if not near.any():
