@@ -25,6 +25,8 @@ from sctool.core.backbones.noising import Noising
 from sctool.core.checkpoint import load_tuner, read_meta
 from sctool.core.config import SampleConfig, TrainConfig
 from sctool.core.counting import counts
+from sctool.core.data.prompts import count_prompts
+from sctool.core.data.records import BytesBlob, Record
 from sctool.core.errors import UsageError
 from sctool.core.runs import free_keys, open_run
 from sctool.core.sampling import Request, sample_images
@@ -239,8 +241,6 @@ def test_a_base_without_labels_takes_ids(tmp_path: Path) -> None:
 
 
 def test_the_trigger_names_the_class_of_images_without_a_label() -> None:
-    from sctool.core.data.records import BytesBlob, Record
-
     rule = DiT().prompt_rule("faces", "a photo of a {label}")
     labelled = Record("a", BytesBlob(b""), text="a caption", label="cat")
     assert (rule(labelled), rule(Record("b", BytesBlob(b""), text="a caption"))) == ("cat", "faces")
@@ -500,3 +500,10 @@ def test_its_predictions_leave_out_the_learned_variance(dit: Path) -> None:
     rows = backbone.encode_prompts(["dog", ""])
     out = backbone.family.predict(backbone.denoiser, latents, t, rows)
     assert torch.equal(out, backbone.denoiser(latents, t, rows["label"]).sample[:, :4])
+
+
+def test_class_labels_are_no_makeshift_captions_and_images_without_one_are_counted() -> None:
+    records = [Record("a", BytesBlob(b""), label="cat"), Record("b", BytesBlob(b""), text="a caption")]
+    rule = DiT().prompt_rule("", "a photo of a {label}")
+    assert str(count_prompts(records, rule)) == "1 of 2 images have no class label"
+    assert str(count_prompts(records, DiT().prompt_rule("faces", ""))) == ""
