@@ -24,7 +24,7 @@ from sctool.core.config import (
 )
 from sctool.core.data.conditions import ConditionSpec, condition_names, parse_conditions
 from sctool.core.errors import UsageError
-from sctool.core.tuners import method_config
+from sctool.core.tuners import method_config, with_learning_rate
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,10 @@ def test_the_documented_defaults() -> None:
     """What a run does that names nothing: a change here changes the numbers of everybody who relied on it."""
     train, sample, scedit = TrainConfig(), SampleConfig(), SCEditConfig()
     assert (train.method, train.base, train.data, train.cond) == ("scedit", "mini", "photos", ())
-    assert (train.lr, train.betas, train.weight_decay, train.max_grad_norm) == (1e-4, (0.9, 0.999), 0.01, 1.0)
+    assert (train.lr, train.betas, train.weight_decay, train.max_grad_norm) == (None, (0.9, 0.999), 0.01, 1.0)
+    assert [with_learning_rate(TrainConfig(method=name)).lr for name in ("full", "scedit")] == [1e-4, 1e-4]
+    assert with_learning_rate(TrainConfig(lr=3e-4)).lr == 3e-4
+    assert (train.mask, train.mask_anneal) == (0.0, 0.2)
     assert (train.steps, train.batch, train.accumulate, train.warmup) == (1000, 8, 1, 0)
     assert (train.schedule, train.snr_gamma, train.ema, train.seed) == ("constant", None, 0.0, 0)
     assert (train.caption_dropout, train.hint_dropout, train.flip, train.val_count) == (0.1, 0.0, False, 64)

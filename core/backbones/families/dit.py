@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...data.prompts import Prompt
 from ...data.records import Record
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ClassRule:
     """The class label of an image; `name` for images without one. Picklable."""
+
+    conditioned_on: ClassVar[str] = "class label"
 
     name: str = ""
 

@@ -1,7 +1,7 @@
 """Assembles mini-dit as a DiT folder: mini's autoencoder, a transformer, the labels.
 
-python recipes/mini-dit/assemble.py init                    # random transformer: what `sctool train` starts from
-python recipes/mini-dit/assemble.py final --run runs/NAME   # trained transformer, all in fp16, to core/assets/mini-dit
+python recipes/mini/dit_assemble.py init                    # random transformer: what `sctool train` starts from
+python recipes/mini/dit_assemble.py final --run runs/NAME   # trained transformer, all in fp16, to core/assets/mini-dit
 """
 
 from __future__ import annotations
