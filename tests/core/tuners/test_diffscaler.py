@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sctool.core.backbones.architectures import architecture
 from sctool.core.backbones.loading import load_backbone
 from sctool.core.checkpoint import load_tuner, save_tuner
-from sctool.core.config import DiffScalerConfig
+from sctool.core.config import DiffScalerConfig, TrainConfig
 from sctool.core.counting import counts
 from sctool.core.errors import DoesNotFit, SctoolError, UsageError
 from sctool.core.measure import saved_bytes
@@ -22,6 +22,7 @@ from sctool.core.sites.layers import layer_site, layers
 from sctool.core.sites.parts import family_of
 from sctool.core.sites.site import Call
 from sctool.core.sites.wiring import Wiring
+from sctool.core.training.setup import build_tuner
 from sctool.core.tuners.affiner import Affiner, Branch
 from sctool.core.tuners.diffscaler import DiffScaler, key, near_zero
 
@@ -359,7 +360,8 @@ def test_gradients_reach_every_weight_with_conditions(make):
     with tuned(net, tuner):
         call(net, maps("canny", "color")).square().mean().backward()
     assert [name for name, p in tuner.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert "conv_in with 48 channels" in (tuner.describe_sites()[1] + "conv_in with 48 channels" * (make is dit))
+    name = "conv_in" if make is unet else "pos_embed.proj"
+    assert tuner.describe_sites()[1:] == [f"{name} with 48 channels a condition (pixels)"]
 
 
 def test_hints_by_their_latent(tmp_path):
@@ -376,7 +378,9 @@ def test_hints_by_their_latent(tmp_path):
     expected = backbone.encode_images(2 * hint["canny"] - 1)[0]
     assert expected.shape == (2, channels, 8, 8)
     backbone.free_encoders()
-    for one in (loaded, copy.deepcopy(loaded)):
+    config = TrainConfig(method="diffscaler", tuner={"hint": "vae"}, cond=("canny",))
+    assert copy.deepcopy(loaded)._latent is loaded._latent, "the base is not copied"
+    for one in (loaded, copy.deepcopy(loaded), build_tuner(config, backbone)):
         features = one.encode({"canny": hint["canny"].bfloat16().float()})["canny"]
         torch.testing.assert_close(features, expected, rtol=0.05, atol=0.05)
         assert not features.requires_grad
@@ -476,6 +480,26 @@ def test_a_training_step_is_that_of_added_deltas(make, monkeypatch):
         grads.append([p.grad.clone() for p in tuner.parameters()])
     for ours, autograds in zip(*grads, strict=True):
         torch.testing.assert_close(ours, autograds, rtol=1e-9, atol=1e-12)
+
+
+@both
+@pytest.mark.parametrize("autocast", [False, True])
+def test_reduced_precision(make, autocast):
+    """A bfloat16 base, or a float32 one under autocast: gradients near float32's, weights stay float32."""
+    net = make()
+    tuner = build(net, ("canny",))
+    grads = []
+    for reduced in (False, True):
+        tuner.zero_grad()
+        if reduced and not autocast:
+            net.to(torch.bfloat16)
+        with tuned(net, tuner), torch.autocast("cpu", torch.bfloat16, enabled=reduced and autocast):
+            out = call(net, maps("canny"))
+        assert reduced == (out.dtype == torch.bfloat16)
+        out.float().square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in tuner.parameters()]))
+    assert grads[0].dtype == grads[1].dtype == torch.float32
+    assert F.cosine_similarity(*grads, dim=0) > 0.99
 
 
 def test_a_layer_keeps_less(monkeypatch):
