@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from sctool.cli import run
+from sctool.core.backbones.families import FAMILIES
 from sctool.core.config import (
     PRESETS,
     AnnotateConfig,
@@ -104,8 +105,9 @@ def test_the_documented_defaults() -> None:
     assert (train.steps, train.batch, train.accumulate, train.warmup) == (1000, 8, 1, 0)
     assert (train.schedule, train.snr_gamma, train.ema, train.seed) == ("constant", None, 0.0, 0)
     assert (train.caption_dropout, train.hint_dropout, train.flip, train.val_count) == (0.1, 0.0, False, 64)
-    assert (train.guidance, train.preview_steps, train.precision) == (7.5, 20, "auto")
-    assert (sample.scheduler, sample.steps, sample.guidance, sample.rescale) == ("ddim", 50, 7.5, 0.0)
+    assert (train.guidance, train.preview_steps, train.precision) == (None, 20, "auto")
+    assert (sample.scheduler, sample.steps, sample.guidance, sample.rescale) == ("ddim", 50, None, 0.0)
+    assert [family.guidance for family in FAMILIES] == [7.5, 7.5, 4.0]
     assert (sample.negative, sample.batch) == ("", 8)
     assert (scedit.operator, scedit.ratio, scedit.kernel, scedit.dual) == ("linear", 1.0, 1, False)
     assert (scedit.cascade, scedit.normalize, scedit.hint_channels) == ("zero-chain", True, None)

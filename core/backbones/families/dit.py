@@ -54,6 +54,7 @@ class DiT(Family):
     adapted = ("blocks", "final_norm")
     grouped = r"^(transformer_blocks\.\d+\.attn1)\.to_[qkv]$"
     by_class = True
+    guidance = 4.0
     bottleneck = 64
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
@@ -153,7 +154,8 @@ class DiT(Family):
         import torch
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-        scheduler, denoiser, guided = pipe.scheduler, pipe.transformer, config.guidance > 1
+        guidance = self.guidance if config.guidance is None else config.guidance
+        scheduler, denoiser, guided = pipe.scheduler, pipe.transformer, guidance > 1
         scheduler.set_timesteps(config.steps, device=noise.device)
         latents, label = noise * scheduler.init_noise_sigma, rows["label"]
         if guided:
@@ -164,7 +166,7 @@ class DiT(Family):
             out = out[:, : latents.shape[1]]
             if guided:
                 unconditional, conditional = out.chunk(2)
-                out = unconditional + config.guidance * (conditional - unconditional)
+                out = unconditional + guidance * (conditional - unconditional)
                 if config.rescale:
                     out = rescale_noise_cfg(out, conditional, config.rescale)
             latents = scheduler.step(out, t, latents, return_dict=False)[0]
