@@ -42,7 +42,7 @@ class DiffScaler(SiteTuner):
         sites = chosen if self.first is None or self.first in chosen else [self.first, *chosen]
         super().__init__(config, sites, conditions, vae_scale)
         family = family_of(denoiser)
-        self.parts = config.layers or family.adapted
+        self.parts, self.chosen = config.layers or family.adapted, len(chosen)
         self.dim = family.bottleneck if config.dim is None else config.dim
         self._check(denoiser)
         grouped = family.grouped if config.qkv == "grouped" else ""
@@ -80,8 +80,7 @@ class DiffScaler(SiteTuner):
 
     def describe_sites(self) -> list[str]:
         """The parts, with the number of layers and d."""
-        count = len(self.sites) - (self.first is not None)
-        lines = [f"{count} layers of {', '.join(self.parts)}, d = {self.dim}"]
+        lines = [f"{self.chosen} layers of {', '.join(self.parts)}, d = {self.dim}"]
         if self.first is not None:
             form = "its latent" if self.config.hint == "vae" else "pixels"
             lines.append(f"{self.first.name} with {self.width} channels a condition ({form})")

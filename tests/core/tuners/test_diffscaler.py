@@ -19,7 +19,7 @@ from sctool.core.errors import DoesNotFit, SctoolError, UsageError
 from sctool.core.measure import saved_bytes
 from sctool.core.sites.attaching import TunedBackbone, tuned
 from sctool.core.sites.layers import layer_site, layers
-from sctool.core.sites.parts import family_of
+from sctool.core.sites.parts import chosen_layers, family_of
 from sctool.core.sites.site import Call
 from sctool.core.sites.wiring import Wiring
 from sctool.core.training.setup import build_tuner
@@ -361,7 +361,12 @@ def test_gradients_reach_every_weight_with_conditions(make):
         call(net, maps("canny", "color")).square().mean().backward()
     assert [name for name, p in tuner.named_parameters() if p.grad is None or not p.grad.any()] == []
     name = "conv_in" if make is unet else "pos_embed.proj"
+    count = len(chosen_layers(net))
+    assert len(tuner.sites) == count + 1
+    assert tuner.describe_sites()[0].startswith(f"{count} layers of ")
     assert tuner.describe_sites()[1:] == [f"{name} with 48 channels a condition (pixels)"]
+    whole = build(net, ("canny",), layers=["whole"])
+    assert whole.describe_sites()[0].startswith(f"{len(whole.sites)} layers of whole")
 
 
 def test_hints_by_their_latent(tmp_path):
