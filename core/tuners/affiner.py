@@ -38,6 +38,15 @@ def by_channel(x: Tensor, linear: bool) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- the branch
 
 
+def middle(site: Layer) -> tuple[int, int]:
+    """Row and column, in a layer's input, of the middle of its first window: (0, 0) for the usual paddings."""
+    if site.padding == "same":
+        return 0, 0
+    padding = (0, 0) if isinstance(site.padding, str) else site.padding
+    top, left = ((k - 1) // 2 - p for k, p in zip(site.kernel, padding, strict=True))
+    return top, left
+
+
 class Branch(nn.Module):
     """h = relu(W_down x), and the gate s: what layers with the same input may share.
 
@@ -48,15 +57,9 @@ class Branch(nn.Module):
 
     def __init__(self, site: Layer, dim: int, gate: bool, bias: bool, columns: dict[str, int]) -> None:
         super().__init__()
-        self.linear, self.stride, self.first = site.linear, site.stride, (0, 0)
         patches = site.padding in ((0, 0), "valid") and site.kernel == site.stride
-        kernel = site.kernel if patches else (1, 1)
-        if not patches and not site.linear:
-            padding = {"same": tuple((k - 1) // 2 for k in site.kernel), "valid": (0, 0)}.get(
-                site.padding, site.padding
-            )
-            self.first = tuple((k - 1) // 2 - p for k, p in zip(site.kernel, padding, strict=True))
-        shape = () if site.linear else kernel
+        self.linear, self.stride, self.first = site.linear, site.stride, (0, 0) if patches else middle(site)
+        shape = () if site.linear else site.kernel if patches else (1, 1)
         self.down = nn.Parameter(nn.init.kaiming_normal_(torch.empty(dim, site.inputs, *shape)))
         self.columns = nn.ParameterDict(
             {name: nn.init.kaiming_normal_(torch.empty(dim, width, *shape)) for name, width in columns.items()}

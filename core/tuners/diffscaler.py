@@ -22,7 +22,7 @@ from ..sites.inputs import input_layer
 from ..sites.layers import Layer, find_module
 from ..sites.parts import chosen_layers, family_of
 from ..sites.site import Call, Features, Inputs
-from .affiner import NEAR, Affiner, Branch
+from .affiner import NEAR, Affiner, Branch, middle
 from .base import SiteTuner
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class DiffScaler(SiteTuner):
             layer: Any = find_module(denoiser, site.name)
             if not site.linear and (layer.groups, layer.dilation, layer.padding_mode) != (1, (1, 1), "zeros"):
                 raise DoesNotFit(f"{site.name} is grouped, dilated or not padded with zeros; leave it out of layers.")
+            if min(middle(site)) < 0:
+                raise DoesNotFit(f"{site.name} has more padding than half its kernel; leave it out of layers.")
 
     def _add(self, site: Layer, biased: bool) -> None:
         """The Affiner of a site, and its branch where no other site has brought it."""

@@ -123,7 +123,9 @@ def restated(tuner, site, module, x):
     else:
         wx = F.conv2d(x, module.weight, None, module.stride, module.padding)
         patches = module.kernel_size == module.stride
-        seen = x if patches or module.padding[0] else x[..., 1:, 1:]  # unpadded 3x3: the middle of the window
+        seen = (
+            x if patches or module.padding in ("same", (1, 1)) or module.kernel_size == (1, 1) else x[..., 1:, 1:]
+        )  # unpadded 3x3: the middle of the window
         h = F.conv2d(seen, branch.down, None, module.stride)[..., : wx.shape[-2], : wx.shape[-1]].relu()
         low = F.conv2d(h, own.up[..., None, None])
         wide = (slice(None), None, None)
@@ -158,6 +160,7 @@ LAYERS = {
     "unpadded, odd": (lambda: nn.Conv2d(4, 5, 3, 2), (2, 4, 10, 8)),
     "patches": (lambda: nn.Conv2d(4, 5, 2, 2), (2, 4, 8, 8)),
     "patches, odd": (lambda: nn.Conv2d(4, 5, 2, 2), (2, 4, 9, 9)),
+    "same": (lambda: nn.Conv2d(4, 5, 3, padding="same"), (2, 4, 5, 6)),
     "1x1": (lambda: nn.Conv2d(4, 5, 1), (2, 4, 3, 3)),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -395,6 +398,15 @@ def test_hints_by_their_latent(tmp_path):
     assert shapes.shape == expected.shape
 
 
+def test_the_autoencoder_is_moved_to_where_the_maps_are():
+    moved, tuner = [], build(unet(), ("canny",), hint="vae")
+    vae = types.SimpleNamespace(to=moved.append)
+    tuner.use(types.SimpleNamespace(vae=vae, encode_images=lambda pixels: (pixels[:, :1, ::4, ::4], None)))
+    features = tuner.encode(maps("canny"))["canny"]
+    assert moved == [torch.device("cpu")]
+    torch.testing.assert_close(features, 2 * maps("canny")["canny"][:, :1, ::4, ::4] - 1)
+
+
 # ------------------------------------------------------------------------------------------------------ less memory
 
 
@@ -618,6 +630,11 @@ def test_convolutions_of_other_kinds_do_not_fit(more):
     net = OneLayer(nn.Conv2d(4, 4, 3, **more))
     with pytest.raises(DoesNotFit, match="layer is grouped, dilated"):
         build(net, layers=("layer",))
+
+
+def test_convolutions_with_much_padding_do_not_fit():
+    with pytest.raises(DoesNotFit, match="more padding"):
+        build(OneLayer(nn.Conv2d(4, 4, 1, padding=1)), layers=("layer",))
 
 
 def test_conditions_need_a_known_input_layer():
