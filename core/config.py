@@ -64,6 +64,27 @@ class SCEditConfig(Config):
     normalize: bool = Field(True, description="scale the condition weights to a sum of 1, as in eq. 7 (CSC only)")
 
 
+class DiffScalerConfig(Config):
+    """DiffScaler (Nair et al. 2024, arXiv 2404.09976): y = (1 + a) W x + s W_up relu(W_down x) + b_hat + b."""
+
+    layers: tuple[str, ...] | None = Field(
+        None, description="parts of the base, e.g. blocks, down_blocks, whole, or regular expressions over layer names"
+    )
+    dim: int | None = Field(None, ge=0, description="width d of the branch; 0 for none, 64 (U-Nets: 32) when not given")
+    qkv: Literal["grouped", "separate"] = Field(
+        "grouped", description="whether a transformer's q, k and v share W_down and s, as one fused layer"
+    )
+    scale: bool = Field(True, description="the scale a of a layer's outputs")
+    shift: Literal["all", "biased", "none"] = Field(
+        "all", description="the shift b: of all layers, of those with a bias, or of none"
+    )
+    gate: bool = Field(True, description="the scalar s, which starts at 0; without it W_up starts at 0")
+    branch_bias: bool = Field(False, description="biases in W_down and W_up")
+    hint: Literal["unshuffle", "vae"] = Field(
+        "unshuffle", description="what a condition map becomes beside the latents: its pixels, or its own latent"
+    )
+
+
 class FullConfig(Config):
     """Full fine-tuning: every weight of the denoiser is trained."""
 

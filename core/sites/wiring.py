@@ -62,17 +62,25 @@ class Edit:
         self.site = site
         self.acting: list[Attached] = []
 
-    def edited(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+    def edited(self, x: Tensor, given: Tensor | None = None, module: nn.Module | None = None) -> Tensor:
         """x plus every acting tuner's delta of the unedited x; x itself where none has anything to add."""
+        acting = [(one, replace(one.call, given=given, module=module)) for one in self.acting if one.scale != 0]
+        out = self._by_the_only_one(x, acting)
+        if out is not None:
+            return out
         out = x
-        for one in self.acting:
-            if one.scale == 0:
-                continue
-            call = one.call if given is None else replace(one.call, given=given)
+        for one, call in acting:
             delta = one.tuner.delta(self.site, x, call)
             if delta is not None:
                 out = out + (delta if one.scale == 1 else one.scale * delta).to(x.dtype)
         return out
+
+    def _by_the_only_one(self, x: Tensor, acting: list[tuple[Attached, Call]]) -> Tensor | None:
+        """The edited value as the only tuner here makes it, to save memory in training; None: add the deltas."""
+        if len(acting) != 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        [(one, call)] = acting
+        return one.tuner.edited(self.site, x, call) if one.scale == 1 else None
 
 
 class Wiring:

@@ -96,9 +96,11 @@ def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
     settings = method_config(config.method, config.tuner)
     if not config.init:
         torch.manual_seed(config.seed)
-        return tuner_class(config.method).build(
+        tuner = tuner_class(config.method).build(
             settings, backbone.denoiser, config.conditions, backbone.vae_scale, backbone.classes
         )
+        tuner.use(backbone)
+        return tuner
     tuner = load_tuner(config.init, backbone)
     same = tuner.config == settings or not config.tuner
     if tuner.method != config.method or tuple(tuner.conditions) != config.conditions or not same:

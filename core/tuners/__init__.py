@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config, FullConfig, SCEditConfig, TrainConfig, build
+from ..config import Config, DiffScalerConfig, FullConfig, SCEditConfig, TrainConfig, build
 from ..errors import unknown
 
 if TYPE_CHECKING:
@@ -65,6 +65,27 @@ SCEDIT_VARIANTS = (
 )
 """The settings of SCEdit's tables 1, 2, 5 and 6, and our heads."""
 
+OF_TRANSFORMERS = ["blocks", "final_norm"]
+
+DIFFSCALER_VARIANTS = (
+    Variant("DiffScaler"),
+    Variant("DiffScaler, q, k, v separate", {"layers": OF_TRANSFORMERS, "qkv": "separate"}),
+    *(
+        Variant(
+            f"DiffScaler, low-rank only, d = {dim}",
+            {"layers": OF_TRANSFORMERS, "dim": dim, "scale": False, "shift": "none", "gate": False},
+        )
+        for dim in (64, 1, 4, 16)
+    ),
+    Variant("DiffScaler, scale only, blocks", {"layers": ["blocks"], "dim": 0, "shift": "none"}),
+    Variant("DiffScaler, shift only, blocks", {"layers": ["blocks"], "dim": 0, "scale": False}),
+    Variant("DiffScaler, whole denoiser", {"layers": ["whole"]}),
+    Variant("DiffScaler, branch biases", {"branch_bias": True, "shift": "biased"}),
+    Variant("DiffScaler, 1 condition", {}, 1),
+    Variant("DiffScaler, 1 condition by its latent", {"hint": "vae"}, 1),
+)
+"""DiffScaler's tables 1 and 3 on a transformer, table 2 on a U-Net, and what the paper leaves open."""
+
 TUNERS: dict[str, Method] = {
     "full": Method(
         FullConfig, ".full", "Full", "trains every weight of the denoiser", "baseline", False,
@@ -76,6 +97,12 @@ TUNERS: dict[str, Method] = {
         "edits the skip connections: SC-Tuner without conditions, CSC-Tuner with them",
         "Jiang et al. 2023, arXiv 2312.11392", True,
         1e-4, "twice the paper's 5e-5, for single GPUs and short runs", SCEDIT_VARIANTS,
+    ),
+    "diffscaler": Method(
+        DiffScalerConfig, ".diffscaler", "DiffScaler",
+        "scales and shifts the layers' outputs and adds a low-rank branch to each",
+        "Nair et al. 2024, arXiv 2404.09976", True,
+        1e-3, "the paper, section 4.2", DIFFSCALER_VARIANTS,
     ),
 }  # fmt: skip
 

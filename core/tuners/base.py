@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from ..sites.attaching import Attachment, Removable
 from ..sites.site import Call, Features, Inputs
 from ..sites.wiring import Attached, Wiring
 from .classes import NewClasses
+
+if TYPE_CHECKING:
+    from ..backbones.loading import Backbone
 
 T = TypeVar("T", bound="Tuner")
 
@@ -61,6 +64,9 @@ class Tuner(nn.Module):
             if classes:
                 tuner.new_classes = NewClasses(denoiser, len(classes), vae_scale)
             return tuner.to(device)
+
+    def use(self, backbone: Backbone) -> None:
+        """Told which base it acts on, by all who have more than its denoiser; for a tuner that needs more of it."""
 
     def describe_sites(self) -> list[str]:
         """Where it acts, in words, for `--dry-run`."""
@@ -132,6 +138,13 @@ class SiteTuner(Tuner):
     def delta(self, site: Any, x: Tensor, call: Call) -> Tensor | None:
         """What to add to the unedited value x of a site, or None. `call.features` is {} when no hint was given."""
         raise NotImplementedError
+
+    def edited(self, site: Any, x: Tensor, call: Call) -> Tensor | None:
+        """x + delta itself, where the tuner can make it with less memory than by adding; None where it cannot.
+
+        Asked only while training, of the only tuner at a site, at scale 1. Values and gradients are those of x + delta.
+        """
+        return None
 
     def act(
         self,
