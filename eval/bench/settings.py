@@ -136,7 +136,7 @@ def _sorted_pairs(pairs: Sequence[str], methods: Sequence[str]) -> tuple[list[st
         _among(name, methods, pair)
         if key.split(".")[0] not in OWN:
             raise UsageError(
-                f"{pair}: only {', '.join(OWN)} may differ between methods. Give {key} without '{name}:' for all of them."
+                f"{pair}: only {', '.join(OWN)} may differ between methods. For all of them: {pair[len(name) + 1 :]}"
             )
         own[name] = (*own.get(name, ()), pair.removeprefix(f"{name}:"))
     return shared, own

@@ -219,10 +219,9 @@ class _Collected:
             self.shop.progress.note(f"timing the methods in turns, seed {seed}")
             return measure_costs(self.shop, configs)
 
-        identity = {name: config.model_dump(mode="json") for name, config in configs.items()}
-        costs = Piece(
-            self.shop.out / f"cost-seed{seed}.json", {**identity, "device": device_name(self.shop.device)}
-        ).do(work)
+        identity: dict[str, Any] = {name: config.model_dump(mode="json") for name, config in configs.items()}
+        identity["device"] = device_name(self.shop.device)
+        costs = Piece(self.shop.out / f"cost-seed{seed}.json", identity).do(work)
         self.cost_protocol = costs["protocol"]
         for name, cost in costs["methods"].items():
             for key, value in cost.items():
@@ -286,9 +285,7 @@ class _Collected:
                 notes.append(f"{row.name} diverged with seed {seeds}, so it has no figures of quality.")
         for method, tuned in self.tuned.items():
             if tuned.at_the_edge:
-                notes.append(
-                    f"{method}: the rate chosen is the last one tried, {tuned.rate:g}; wider --rates may differ."
-                )
+                notes.append(f"{method}: {tuned.rate:g} is the last of the rates tried; wider --rates may do better.")
         return notes
 
 

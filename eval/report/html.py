@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -77,16 +77,9 @@ def write_html(results: Results, folder: str | Path) -> Path:
 
 def render(results: Results) -> str:
     """The page. Every string in it is escaped; a content security policy blocks anything that slips through."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     main = results.folders[-1] if results.folders else None
     protocols = {f.protocol_id: f.protocol for folder in results.folders for f in folder.figures}
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         target=results.target,
         about=about(results),
         folders=results.folders,
@@ -101,6 +94,18 @@ def render(results: Results) -> str:
         main=main,
         text=text,
     )
+
+
+def template(name: str) -> Template:
+    """A template of this folder; it escapes every string."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def text(value: Any) -> str:
