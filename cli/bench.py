@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..eval.features.names import FEATURES
 from .options import Command, help_of
 
 app = typer.Typer(
@@ -54,6 +55,12 @@ def transfer(
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale of the images. \\[default: 7.5, as in training]")
     ] = None,
+    features: Annotated[
+        str, typer.Option(help=f"Features of the distance: {', '.join(FEATURES)}, as in `sctool evaluate`.")
+    ] = "auto",
+    weights: Annotated[
+        list[str] | None, typer.Option(help="Weights of the features, as in `sctool evaluate`; repeatable.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the table and its runs.")] = Path("bench/transfer"),
     report: Annotated[bool, typer.Option("--report", help="Also write report.html, with images, to --out.")] = False,
     dry_run: Annotated[
@@ -93,6 +100,8 @@ def transfer(
         count=count,
         sample_steps=sample_steps,
         guidance=guidance,
+        features=features,
+        weights=weights or (),
     )
     shop = open_workshop(settings, out, offline=offline, quiet=quiet)
     if dry_run:

@@ -187,7 +187,8 @@ def show_plan(plan: Mapping[str, Any]) -> str:
             if method["runs_left"]
             else f"all {method['runs']} runs done"
         )
-        times = f" ({method['step_s']:.3g} s a step, {method['image_s']:.3g} s an image)" if method["runs_left"] else ""
+        step = f"{method['step_s']:.3g} s a step, " if method["steps_left"] else ""
+        times = f" ({step}{method['image_s']:.3g} s an image)" if method["runs_left"] else ""
         lines.append(f"{name:<10} {count}{left}{times}")
     lines.append(f"time       about {duration(plan['seconds_left'])} of training and drawing; measuring comes on top")
     return "\n".join([*lines, *plan["notes"]])

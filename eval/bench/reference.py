@@ -9,12 +9,12 @@ import numpy as np
 
 from ...core.data.images import BadImage, Geometry, decode_rgb
 from ..batches import BATCH, by_size
-from ..options import Options
 from ..sets.extraction import metrics_by_extractor
 from ..sets.frechet import FrechetStats
 from ..sets.references import References
 from ..targets import digest
 from .pieces import Piece
+from .running import distance_options
 from .workshop import Workshop
 
 IMAGES = "all images of the set, training and held out"
@@ -33,7 +33,10 @@ def real_statistics(shop: Workshop) -> Path:
         shop.progress.note("measuring the real images")
         return {"n": _measure(shop, config.base, path)}
 
-    piece = Piece(shop.out / "real.json", {"base": config.base, "data": config.data, "size": shop.size, "set": stamps})
+    settings = shop.settings
+    identity = {"base": config.base, "data": config.data, "size": shop.size, "set": stamps}
+    identity |= {"features": settings.features, "weights": settings.weights}
+    piece = Piece(shop.out / "real.json", identity)
     if not path.is_file():
         piece.path.unlink(missing_ok=True)
     piece.do(work)
@@ -41,7 +44,7 @@ def real_statistics(shop: Workshop) -> Path:
 
 
 def _measure(shop: Workshop, base: str, path: Path) -> int:
-    options = Options(metrics=("fid",), offline=shop.offline, quiet=shop.quiet)
+    options = distance_options(shop, quiet=shop.quiet)
     note = shop.progress.note
     (metrics,) = metrics_by_extractor(
         {"fid"}, options, base, shop.device, lambda names, work: work(), note,
@@ -61,7 +64,7 @@ def _measure(shop: Workshop, base: str, path: Path) -> int:
 
 
 def _readable(records: list, geometry: Geometry) -> list[np.ndarray]:
-    """The images at the table's size; those that cannot be read were listed when the set was opened, and are left out."""
+    """The images at the table's size, without those that cannot be read; training leaves the same ones out."""
     images = []
     for record in records:
         try:

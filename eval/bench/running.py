@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.config import TrainConfig
-from ...core.errors import Diverged
+from ...core.errors import Diverged, SctoolError
 from ...core.files import sha256
 from ...core.runs import FREE_KEYS, Run, open_run
 from ..evaluate import evaluate
@@ -50,11 +50,17 @@ def _train_to_the_end(shop: Workshop, run: Run, config: TrainConfig) -> None:
 
     open_run(run.path.parent, run.name, config)
     with run.locked():
-        train(config, run, shop.source, held_out=shop.held_out, offline=shop.offline, quiet=shop.quiet)
+        try:
+            train(config, run, shop.source, held_out=shop.held_out, offline=shop.offline, quiet=shop.quiet)
+        except SctoolError:
+            run.discard_if_untrained()
+            raise
 
 
 def log_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows of a run's log."""
+    """The rows of a run's log; [] where it diverged before the first."""
+    if not run.metrics.is_file():
+        return []
     return [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
 
 
@@ -97,17 +103,25 @@ def draw(shop: Workshop, run: Run, seed: int, kind: str, parent: Path, results: 
     return piece
 
 
+def distance_options(shop: Workshop, *, reference: str | None = None, quiet: bool) -> Options:
+    """How `sctool evaluate --fid` is asked for the table's distance."""
+    settings = shop.settings
+    return Options(
+        metrics=("fid",), features=settings.features, weights=settings.weights, reference=reference,
+        offline=shop.offline, quiet=quiet,
+    )  # fmt: skip
+
+
 def measure(shop: Workshop, drawn: Piece, samples: Path, real: Path) -> dict[str, Any]:
     """The Fréchet distance of the images in `samples` to the statistics `real`: its figure and the notes on it."""
 
     def work() -> dict[str, Any]:
-        options = Options(metrics=("fid",), reference=str(real), offline=shop.offline, quiet=True)
-        results = evaluate(samples, options)
+        results = evaluate(samples, distance_options(shop, reference=str(real), quiet=True))
         figure = results.folders[0].figures[0]
         described = {"key": figure.key, "name": figure.name, "value": figure.value, "better": figure.better}
         return {**described, "protocol": figure.protocol, "notes": results.notes}
 
-    identity = {"drawn": drawn.identity, "reference_sha256": sha256(real)}
+    identity = {"drawn": drawn.identity, "reference_sha256": sha256(real), "features": shop.settings.features}
     return Piece(drawn.path.parent / "measured.json", identity).do(work)
 
 

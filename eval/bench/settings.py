@@ -10,6 +10,7 @@ from typing import Any
 from ...core.config import SampleConfig, TrainConfig, resolve_config
 from ...core.errors import UsageError, unknown
 from ...core.tuners import TUNERS, find_method, method_config, with_learning_rate
+from ..features.names import named_weights
 
 FEWEST_SEEDS = 3
 """Seeds below which there is no interval."""
@@ -50,6 +51,10 @@ class Settings:
     rate_steps: int | None
     count: int
     sampling: SampleConfig
+    features: str = "auto"
+    """Features of the Fréchet distance, as `sctool evaluate --features` takes them."""
+    weights: tuple[str, ...] = ()
+    """Their weights, as `sctool evaluate --weights` takes them."""
 
     def config(self, method: str, seed: int, lr: float | None = None, steps: int | None = None) -> TrainConfig:
         """The run of `method` with `seed`; at rate `lr` where given, else at the method's given or usual rate."""
@@ -85,11 +90,13 @@ def make_settings(
     count: int = 200,
     sample_steps: int | None = None,
     guidance: float | None = None,
+    features: str = "auto",
+    weights: Sequence[str] = (),
 ) -> Settings:
     """The settings that a command line means; every method's configuration is validated.
 
-    `lr` holds METHOD=RATE, `pairs` KEY=VALUE for all runs and METHOD:KEY=VALUE for one method's. Raises `UsageError` for
-    unknown methods and keys, for settings that would make a comparison unfair, and for rates without use.
+    `lr` holds METHOD=RATE, `pairs` KEY=VALUE for all runs and METHOD:KEY=VALUE for one method's. Raises `UsageError`
+    for unknown methods and keys, for settings that would make a comparison unfair, and for rates without use.
     """
     if not methods:
         raise UsageError("--methods names no method, e.g. --methods full,scedit.")
@@ -105,6 +112,7 @@ def make_settings(
         raise UsageError("--rate-steps is the length of the runs that --rates makes; add --rates, or leave it out.")
     if wrong := [rate for rate in rates if not rate > 0]:
         raise UsageError(f"--rates {wrong[0]:g}: a learning rate is more than 0.")
+    named_weights(weights, features)
     shared, own = _sorted_pairs(pairs, methods)
     given = dict(_rate(text, methods) for text in lr)
     first = resolve_config(TrainConfig, flags=dict(flags), pairs=shared)
@@ -112,7 +120,7 @@ def make_settings(
     sampling = resolve_config(SampleConfig, flags=drawn)
     settings = Settings(
         tuple(methods), seeds, dict(flags), tuple(shared), own, given, tuple(sorted(set(rates))), rate_steps, count,
-        sampling,
+        sampling, features, tuple(weights),
     )  # fmt: skip
     for method in methods:
         config = settings.config(method, 0)

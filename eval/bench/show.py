@@ -1,6 +1,8 @@
-"""A transfer table in the terminal, the paper's own beside it."""
+"""A transfer table in the terminal: quality, costs, and the paper's own table below."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -12,9 +14,17 @@ from ..results import Figure
 from .transfer import BASE, PAPER, PAPER_NOTE, PAPER_SETS, Row, TransferTable
 
 COUNTS = ("trainable", "stored", "total")
+COSTS = ("step_s", "peak_bytes")
 SCALES = {"peak_bytes": (1e-9, " (GB)")}
 """Figures shown in another unit."""
 LEGEND = "[…, …]: 95 % interval over seeds. Bold: better than every other method, with intervals that do not overlap."
+
+
+def title(table: TransferTable) -> str:
+    """What the table is of."""
+    training = table.protocol["training"]
+    images, seeds = training["batch"] * training["accumulate"], len(table.protocol["seeds"])
+    return f"Transfer of {training['base']} to {training['data']}: {training['steps']} steps of {images}, {seeds} seeds"
 
 
 def heading(figure: Figure) -> str:
@@ -78,21 +88,28 @@ def below(table: TransferTable) -> list[str]:
 
 def show(table: TransferTable, console: Console | None = None) -> None:
     """Prints both tables with their notes."""
-    console, training = console or Console(), table.protocol["training"]
-    title = (
-        f"Transfer of {training['base']} to {training['data']}: {training['steps']} steps of "
-        f"{training['batch'] * training['accumulate']}, {len(table.protocol['seeds'])} seeds"
-    )
-    grid = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
-    for text in ("method", *(heading(table.example(key)) for key in table.keys), *COUNTS, "lr"):
-        grid.add_column(escape(text), justify="left" if text == "method" else "right")
-    for row in (table.base, *table.rows):
-        cells = [_cell(table, row, key) for key in table.keys]
-        grid.add_row(escape(row.name), *cells, *(count(row.parameters[key]) for key in COUNTS), rate(row))
-    console.print(grid)
+    console = console or Console()
+    quality, costs = ([key for key in table.keys if (key in COSTS) is cost] for cost in (False, True))
+    _grid(console, table, title(table), quality, ("trainable",), "lr")
+    _grid(console, table, "Costs", costs, ("stored", "total"))
     for line in (LEGEND, *below(table)):
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     _show_paper(console)
+
+
+def _grid(
+    console: Console, table: TransferTable, name: str, keys: Sequence[str], counts: Sequence[str], *more: str
+) -> None:
+    """One row per method with the figures `keys`, the parameter counts and, as `more`, the learning rate."""
+    grid = Table(title=escape(name), title_justify="left", box=box.SIMPLE_HEAD)
+    for text in ("method", *(heading(table.example(key)) for key in keys), *counts, *more):
+        grid.add_column(escape(text), justify="left" if text == "method" else "right")
+    for row in (table.base, *table.rows):
+        cells = [_cell(table, row, key) for key in keys]
+        grid.add_row(
+            escape(row.name), *cells, *(count(row.parameters[key]) for key in counts), *[rate(row)] * len(more)
+        )
+    console.print(grid)
 
 
 def _cell(table: TransferTable, row: Row, key: str) -> str:
