@@ -53,7 +53,7 @@ def transfer(
     count: Annotated[int, typer.Option(min=2, help="Images drawn of each run.")] = 200,
     sample_steps: Annotated[int | None, typer.Option(help="Sampler steps. \\[default: 50]")] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale of the images. \\[default: 7.5, as in training]")
+        float | None, typer.Option(help="Guidance scale of the images. \\[default: the base's usual, 7.5 or for DiT 4]")
     ] = None,
     features: Annotated[
         str, typer.Option(help=f"Features of the distance: {', '.join(FEATURES)}, as in `sctool evaluate`.")

@@ -74,6 +74,8 @@ class Contender:
         """Seconds per image of drawing one batch, as if with all of the sampler's steps."""
         backbone, steps = self.backbone, min(DRAWN_STEPS, sampling.steps)
         backbone.vae.to(self.device)
+        if self.training.model.tokens is not None:
+            self.training.model.tokens.kept = None  # the last training step's mask
         few = sampling.model_copy(update={"steps": steps})
         rows = {key: row.expand(few.batch, *row.shape[1:]) for key, row in self.null_rows.items()}
         seeds = list(range(few.batch))

@@ -81,7 +81,6 @@ def drawing_piece(shop: Workshop, run: Run, seed: int, kind: str, results: Path)
         "count": settings.count,
         "first_seed": settings.first_image(seed),
         "sampling": settings.sampling.model_dump(mode="json"),
-        "size": shop.size,
     }
     return Piece(results / "drawn.json", identity)
 

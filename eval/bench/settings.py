@@ -116,8 +116,8 @@ def make_settings(
     shared, own = _sorted_pairs(pairs, methods)
     given = dict(_rate(text, methods) for text in lr)
     first = resolve_config(TrainConfig, flags=dict(flags), pairs=shared)
-    drawn = {"steps": sample_steps, "guidance": first.guidance if guidance is None else guidance, "size": first.size}
-    sampling = resolve_config(SampleConfig, flags=drawn)
+    guidance = first.guidance if guidance is None else guidance
+    sampling = resolve_config(SampleConfig, flags={"steps": sample_steps, "guidance": guidance})
     settings = Settings(
         tuple(methods), seeds, dict(flags), tuple(shared), own, given, tuple(sorted(set(rates))), rate_steps, count,
         sampling, features, tuple(weights),

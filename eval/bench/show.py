@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -24,7 +25,8 @@ def title(table: TransferTable) -> str:
     """What the table is of."""
     training = table.protocol["training"]
     images, seeds = training["batch"] * training["accumulate"], len(table.protocol["seeds"])
-    return f"Transfer of {training['base']} to {training['data']}: {training['steps']} steps of {images}, {seeds} seeds"
+    base, data = (Path(training[key]).name for key in ("base", "data"))
+    return f"Transfer of {base} to {data}: {training['steps']} steps of {images}, {seeds} seeds"
 
 
 def heading(figure: Figure) -> str:

@@ -268,8 +268,9 @@ class _Collected:
             "training": {**shared, "size": self.shop.size},
             "interval": INTERVAL,
             "samples": settings.count,
-            "sampling": {**settings.sampling.model_dump(mode="json"), "size": self.shop.size},
-            "prompts": "held-out captions in order, repeated with further seeds where there are fewer",
+            "sampling": settings.sampling.model_dump(mode="json"),
+            "prompts": "held-out captions or classes in order, repeated with further seeds where there are fewer; "
+            "data without marked splits holds out other images with each seed",
             "reference": IMAGES,
             "distance": self._distance_protocol()[1],
             "cost": self.cost_protocol,

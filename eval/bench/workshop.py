@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...annotators.training_sets import open_training_sets
@@ -49,13 +49,17 @@ def open_workshop(settings: Settings, out: str | Path, *, offline: bool = False,
     """Opens the data. Raises `UsageError` for data that is missing or has no held-out images."""
     config = settings.config(settings.methods[0], 0)
     size = config.size or resolution(config.base, offline)
-    prompt = family_of(config.base, offline).prompt_rule(config.trigger, config.caption)
+    family, drawn = family_of(config.base, offline), settings.sampling
+    prompt = family.prompt_rule(config.trigger, config.caption)
     source, held_out, _ = open_training_sets(config, size, prompt=prompt, quiet=quiet)
     if not evaluation_records(source, held_out, config):
         raise UsageError(
             f"--data {config.data} has no held-out images, whose captions are drawn. Mark some with the split "
             "'validation' or 'test', give a set with val_data=FOLDER, or use a set of at least ten images."
         )
+    guidance = family.guidance if drawn.guidance is None else drawn.guidance
+    sampling = drawn.model_copy(update={"size": size, "guidance": guidance})
+    settings = replace(settings, sampling=sampling)
     return Workshop(settings, Path(out), source, held_out, size, best_device(), offline, quiet)
 
 

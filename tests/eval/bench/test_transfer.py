@@ -19,7 +19,7 @@ from sctool.eval.bench import running
 from sctool.eval.bench.page import write_page
 from sctool.eval.bench.plan import plan_transfer, show_plan
 from sctool.eval.bench.rates import Tuned, tune_rates
-from sctool.eval.bench.settings import RATE_SEED, Settings
+from sctool.eval.bench.settings import RATE_SEED, Settings, make_settings
 from sctool.eval.bench.show import below, count, show
 from sctool.eval.bench.transfer import PAPER, TransferTable, chosen_configs, transfer
 from sctool.eval.bench.workshop import Workshop, open_workshop
@@ -377,3 +377,45 @@ def test_data_without_held_out_images_is_refused(make: Make, tiny_base: Path, tm
         Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / "few" / f"{index}.png")
     with pytest.raises(UsageError, match="no held-out images"):
         open_workshop(make(flags={"data": str(tmp_path / "few")}), tmp_path, quiet=True)
+
+
+def test_a_class_conditional_transformer(tmp_path: Path) -> None:
+    """Token masking in training does not reach the images, new classes are trained, and SCEdit is refused."""
+    from PIL import Image
+
+    base = make_dit(tmp_path / "dit")
+    for label in ("cat", "owl"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(5):
+            Image.new("RGB", (32, 32), (50 * index, 0, 0)).save(tmp_path / "data" / label / f"{index}.png")
+    flags = {"base": str(base), "data": str(tmp_path / "data"), "steps": 2, "batch": 2}
+    usual: dict[str, Any] = {"seeds": 1, "count": 3, "sample_steps": 2, "features": "mini", "flags": flags}
+    settings = make_settings(methods=("full",), pairs=("mask=0.5",), **usual)
+    shop = open_workshop(settings, tmp_path / "out", quiet=True)
+    assert plan_transfer(shop)["methods"]["full"]["image_s"] > 0
+    table = transfer(shop)
+    assert table.protocol["sampling"]["guidance"] == 4
+    assert table.rows[0].parameters["trainable"] == table.base.parameters["base"] + 8, "one new class of width 8"
+    assert table.base.values["distance"].keys() == {0}
+    with pytest.raises(UsageError, match="--methods scedit does not fit"):
+        transfer(open_workshop(make_settings(methods=("full", "scedit"), **usual), tmp_path / "other", quiet=True))
+
+
+def make_dit(folder: Path) -> Path:
+    """A diffusers-format DiT folder with random weights and three classes."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        num_embeds_ada_norm=3, norm_num_groups=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 3, norm_num_groups=4,
+        up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4, sample_size=32, layers_per_block=1,
+    )  # fmt: skip
+    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    index = folder / "model_index.json"
+    labels = {"id2label": {"0": "cat", "1": "dog", "2": "hat"}}
+    index.write_text(json.dumps(json.loads(index.read_text()) | labels))
+    return folder
