@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..backbones.families import Family, family_of_denoiser
-from ..errors import UsageError
+from ..errors import DoesNotFit, UsageError
 from .layers import Layer, layers
 
 
@@ -21,7 +21,7 @@ def family_of(denoiser: nn.Module) -> Family:
 def chosen_layers(denoiser: nn.Module, names: Sequence[str] | None = None) -> list[Layer]:
     """The layers of the named parts, or whose names match one of the expressions, in the denoiser's order.
 
-    None: those that the family adapts by default. Raises `UsageError` for a name that chooses no layer.
+    None: those that the family adapts by default. Raises `DoesNotFit` for a name that chooses no layer.
     """
     family = family_of(denoiser)
     chosen: set[Layer] = set()
@@ -29,5 +29,5 @@ def chosen_layers(denoiser: nn.Module, names: Sequence[str] | None = None) -> li
         try:
             chosen.update(layers(denoiser, family.parts.get(name, name)))
         except UsageError as error:
-            raise UsageError(f"layers={name}: {error} Parts of this base: {', '.join(family.parts)}.") from error
+            raise DoesNotFit(f"layers={name}: {error} Parts of this base: {', '.join(family.parts)}.") from error
     return [layer for layer in layers(denoiser) if layer in chosen]

@@ -1,0 +1,21 @@
+"""A tuner's parameters under the denoiser's own names, so that its state dict has the same keys."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class _Node(nn.Module):
+    """A place in the tree of names."""
+
+
+def place(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Registers `parameter` below `root` under the dotted `name`."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, _Node())
+        child = root._modules[part]
+        assert child is not None
+        root = child
+    root.register_parameter(leaf, parameter)
