@@ -72,6 +72,7 @@ def wrapped(layer: nn.Linear | nn.Conv2d, config: PeftConfig) -> BaseTunerLayer:
     inject_adapter_in_model(config, holder, ADAPTER)
     adapted = holder["layer"]
     assert isinstance(adapted, BaseTunerLayer)
+    holder.eval()  # no method here has dropout, for which LoKr in training mode draws from torch's global generator
     return adapted
 
 
