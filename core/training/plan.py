@@ -94,6 +94,11 @@ def captions(cache: dict[str, Any]) -> str:
     return f"; captions: {', '.join(parts)}" if parts else ""
 
 
+def added(classes: list[str]) -> str:
+    """The classes that the tuner adds to the base's; "" for none."""
+    return f"; {len(classes)} classes added: {', '.join(classes)}" if classes else ""
+
+
 def show_plan(plan: dict[str, Any]) -> str:
     """The plan as lines for a person."""
     control = f", controlled by {', '.join(plan['cond'])}" if plan["cond"] else ""
@@ -103,7 +108,7 @@ def show_plan(plan: dict[str, Any]) -> str:
         [
             f"method     {plan['method']}{control}",
             f"base       {plan['base']} at {plan['size']} px",
-            f"tuned      {'; '.join(plan['sites'])}",
+            f"tuned      {'; '.join(plan['sites'])}{added(plan['classes_added'])}",
             f"weights    {plan['trainable']:,} trained, {plan['frozen']:,} frozen ({share:.2f} %)",
             f"data       {plan['images']} images for training, {plan['held_out']} held out{captions(cache)}",
             f"work       {plan['steps']} steps of {plan['batch']} images = {plan['epochs']} epochs, "

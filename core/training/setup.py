@@ -77,6 +77,11 @@ def added_classes(config: TrainConfig, source: Source, held_out: Source | None, 
     return theirs
 
 
+def token_count(model: TunedBackbone, latent: tuple[int, ...]) -> int:
+    """How many tokens the denoiser makes of a latent (C, h, w); 0 where it makes none."""
+    return latent[1] * latent[2] // patch_side(model.denoiser) ** 2 if model.tokens else 0
+
+
 def patch_side(denoiser: nn.Module) -> int:
     """The side of a transformer's token in the latent; 1 for other denoisers."""
     config: Any = denoiser.config
@@ -140,6 +145,8 @@ class Training:
     precision: str
     start: int
     recent: list[float]
+    tokens: int = 0
+    """Tokens that a transformer makes of a latent; 0 for other denoisers."""
 
 
 def set_up(
@@ -152,6 +159,8 @@ def set_up(
     precision: str,
 ) -> Training:
     """Attaches the tuner, makes optimizer and objective, and restores the newest state. `data` has been prepared."""
+    if config.mask and backbone.family.token_layers(backbone.denoiser) is None:
+        raise UsageError(f"mask={config.mask} leaves out tokens, but {config.base} has none: it is not a transformer.")
     device, config = accelerator.device, with_learning_rate(config)
     lr = config.lr or 0.0
     autocast = tuner.needs_autocast or precision == "fp16"  # fp32 master weights in the forward pass need it
@@ -179,7 +188,7 @@ def set_up(
     net, factor = accelerator.prepare_model(model), rates.lr_lambdas[0]
     return Training(
         config, run, accelerator, backbone, data, tuner, model, net, objective, noising, parameters, optimizer,
-        lambda step: lr * factor(step), ema, scaler, precision, start, recent,
+        lambda step: lr * factor(step), ema, scaler, precision, start, recent, token_count(model, data.latent_shape),
     )  # fmt: skip
 
 

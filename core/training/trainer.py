@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .batches import StepBatches, batch_share, collate, training_draw
-from .setup import Training, patch_side
+from .setup import Training
 
 WORKERS = 4
 """Processes that load data for a GPU."""
@@ -26,9 +26,6 @@ class Trainer:
         accelerator, config = training.accelerator, training.config
         self.share = batch_share(config.batch, accelerator.process_index, accelerator.num_processes)
         self.latent_shape = training.data.latent_shape
-        transformer = training.model.tokens is not None
-        _, height, width = self.latent_shape
-        self.tokens = height * width // patch_side(training.backbone.denoiser) ** 2 if transformer else 0
         self.batches = self._batches()
 
     def _batches(self) -> Iterator[dict[str, Any]]:
@@ -52,7 +49,7 @@ class Trainer:
         total = torch.zeros((), device=t.accelerator.device)
         for part in range(config.accumulate):
             micro = number * config.accumulate + part
-            draw = training_draw(config, micro, self.latent_shape, t.noising, self.share, self.tokens)
+            draw = training_draw(config, micro, self.latent_shape, t.noising, self.share, t.tokens)
             last = part == config.accumulate - 1
             with t.accelerator.no_sync(t.net) if not last else torch.enable_grad():
                 loss = t.objective(t.net, next(self.batches), draw).mean() / config.accumulate

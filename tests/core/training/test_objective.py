@@ -34,8 +34,8 @@ class Recorder(nn.Module):
         self.prediction = prediction
         self.hints: dict[str, torch.Tensor] | None = None
 
-    def forward(self, latents, t, rows, hints=None):
-        self.latents, self.t, self.rows, self.hints = latents, t, rows, hints
+    def forward(self, latents, t, rows, hints=None, kept=None):
+        self.latents, self.t, self.rows, self.hints, self.kept = latents, t, rows, hints, kept
         return self.prediction
 
 
@@ -181,7 +181,7 @@ def test_low_precision_inputs_and_autocast():
     seen = []
 
     class Net(nn.Module):
-        def forward(self, latents, t, rows, hints=None):
+        def forward(self, latents, t, rows, hints=None, kept=None):
             seen.append((latents.dtype, rows["prompt_embeds"].dtype, torch.is_autocast_enabled("cpu")))
             return latents
 

@@ -93,6 +93,7 @@ class Steps:
             rate=lambda step: lr / (1 + step),
             ema=None,
             scaler=torch.amp.GradScaler("cpu", enabled=False),
+            tokens=0,
         )
 
     def objective(self, net: nn.Module, batch: dict[str, torch.Tensor], draw: Any) -> torch.Tensor:
