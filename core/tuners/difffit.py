@@ -78,8 +78,8 @@ class DiffFit(WeightTuner):
         return [name for name, _ in denoiser.named_parameters() if name in chosen]
 
     def describe_sites(self) -> list[str]:
-        """The trained weights, then the scaled outputs."""
-        return [*super().describe_sites(), *map(str, self.sites)]
+        """The trained weights, and the scaled outputs."""
+        return [*super().describe_sites(), f"{len(self.sites)} outputs of transformer blocks' parts"]
 
     def act(
         self,

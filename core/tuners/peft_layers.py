@@ -15,7 +15,6 @@ from typing import Any
 
 from peft import LoKrConfig as PeftLoKrConfig
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..config import DoRAConfig, LoKrConfig, LoRAConfig
@@ -66,29 +65,17 @@ def standin(layer: nn.Linear | nn.Conv2d) -> nn.Module:
     return copy
 
 
-def wrapped(layer: nn.Linear | nn.Conv2d, config: PeftConfig) -> BaseTunerLayer:
-    """peft's layer around a copy of `layer`, with new float32 adapter weights on its device."""
+def wrapped(layer: Any, config: PeftConfig) -> Any:
+    """peft's layer around a copy of `layer`, a `Linear` or `Conv2d`: new float32 adapters on its device."""
     holder = nn.ModuleDict({"layer": standin(layer)})
     inject_adapter_in_model(config, holder, ADAPTER)
-    adapted = holder["layer"]
-    assert isinstance(adapted, BaseTunerLayer)
-    holder.eval()  # no method here has dropout, for which LoKr in training mode draws from torch's global generator
-    return adapted
-
-
-def adapter_parameters(layer: BaseTunerLayer) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by peft's names for files, which leave out the adapter's: lora_A.weight, lokr_w1."""
-    return {
-        name.replace(f".{ADAPTER}", ""): parameter
-        for name, parameter in layer.named_parameters()
-        if name.startswith(layer.adapter_layer_names)
-    }
+    return holder["layer"]
 
 
 class Wrapping:
     """peft's layers around those of a denoiser, until it is removed."""
 
-    def __init__(self, adapted: Mapping[Layer, BaseTunerLayer], denoiser: nn.Module) -> None:
+    def __init__(self, adapted: Mapping[Layer, Any], denoiser: nn.Module) -> None:
         """Raises `SctoolError` when they are around some already, or the denoiser has others."""
         self.adapted = list(adapted.values())
         if any(hasattr(layer, "base_layer") for layer in self.adapted):
@@ -122,17 +109,32 @@ class PeftTuner(SiteTuner):
         if conditions:
             raise UsageError(f"{self.method} takes no condition maps; drop --cond, or use --method scedit.")
         super().__init__(config, chosen_layers(denoiser, config.layers), (), vae_scale)
-        self.adapted: dict[Layer, BaseTunerLayer] = {}
+        self.adapted: dict[Layer, Any] = {}
         for site in self.sites:
             layer = wrapped(find_module(denoiser, site.name), self.settings())
             del layer.base_layer
             self.adapted[site] = layer
-            for name, parameter in adapter_parameters(layer).items():
-                place(self, f"{site.name}.{name}", parameter)
+            place(self, site.name, layer)
+        self.train(self.training)
 
     def settings(self) -> PeftConfig:
         """peft's own configuration."""
         raise NotImplementedError
+
+    def describe_sites(self) -> list[str]:
+        """How many layers, and the first and last."""
+        first, last = self.sites[0], self.sites[-1]
+        return [f"{len(self.sites)} layers, {first} ... {last}" if len(self.sites) > 1 else str(first)]
+
+    def train(self, mode: bool = True) -> PeftTuner:
+        """Leaves peft's layers in evaluation mode: in training, LoKr's draw from torch's global generator.
+
+        They do so for dropouts, which no method here has; a resumed run could not repeat the draws.
+        """
+        super().train(mode)
+        for layer in self.adapted.values():
+            layer.eval()
+        return self
 
     def act(
         self,

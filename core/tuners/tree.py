@@ -9,8 +9,8 @@ class _Node(nn.Module):
     """A place in the tree of names."""
 
 
-def place(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Registers `parameter` below `root` under the dotted `name`."""
+def place(root: nn.Module, name: str, value: nn.Parameter | nn.Module) -> None:
+    """Registers a parameter or module below `root` under the dotted `name`."""
     *path, leaf = name.split(".")
     for part in path:
         if part not in root._modules:
@@ -18,4 +18,7 @@ def place(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
         child = root._modules[part]
         assert child is not None
         root = child
-    root.register_parameter(leaf, parameter)
+    if isinstance(value, nn.Module):
+        root.add_module(leaf, value)
+    else:
+        root.register_parameter(leaf, value)

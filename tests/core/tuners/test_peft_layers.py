@@ -39,8 +39,7 @@ def injected(net, method, tuner, seed=1):
     names = [site.name for site in tuner.sites]
     torch.manual_seed(seed)
     peft.inject_adapter_in_model(METHODS[method][1](target_modules=names), twin)
-    named = {name: p for name, p in twin.named_parameters() if ".default" in name}
-    return twin, {name.replace(".default", ""): p for name, p in named.items()}
+    return twin, {name: p for name, p in twin.named_parameters() if ".default" in name}
 
 
 def fill(theirs, tuner):
@@ -79,7 +78,7 @@ def test_as_peft_itself_in_lower_precision(method, autocast):
     for module in twin.modules():
         if isinstance(module, BaseTunerLayer):
             peft.tuners.tuners_utils.cast_adapter_dtype(module, "default")
-    theirs = {name.replace(".default", ""): p for name, p in twin.named_parameters() if ".default" in name}
+    theirs = {name: p for name, p in twin.named_parameters() if ".default" in name}
     fill(theirs, tuner)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad(), tuned(net, tuner):
         out, expected = base_output(net), base_output(twin)
@@ -143,6 +142,20 @@ def test_dora_reads_the_weights_that_are_there():
 
 
 @every_method
+def test_what_a_dry_run_measures_and_prints(method):
+    """A plan's activations are counted on copies on the meta device."""
+    net = unet()
+    tuner = build(net, method)
+    assert tuner.describe_sites()[0].startswith(f"{len(tuner.sites)} layers, down_blocks.0.")
+    assert build(net, method, layers=["conv_out"]).describe_sites() == ["conv_out (8 to 4)"]
+    model = TunedBackbone(*(copy.deepcopy(module).to("meta") for module in (net, tuner)))
+    latents, t, rows, _ = inputs(net)
+    out = model(latents.to("meta"), t.to("meta"), {name: row.to("meta") for name, row in rows.items()})
+    assert out.is_meta
+    assert all(p.is_meta for p in model.parameters())
+
+
+@every_method
 def test_the_same_adapters_for_any_precision_and_shapes_without_storage(method):
     settings = METHODS[method][0]
     plain, lower = (build(unet().to(dtype), method, shaken=False, **settings) for dtype in (None, torch.bfloat16))
@@ -188,7 +201,7 @@ def test_layers_that_are_not_there_and_conditions_are_refused():
 
 def test_kronecker_factors():
     net, kind = unet(), tuner_class("lokr")
-    shapes = {}
+    shapes: dict[str, list[tuple[int, ...]]] = {}
     for name, settings in {
         "plain": {"rank": 2}, "factor": {"rank": 2, "decompose_factor": 2}, "both": {"rank": 1, "decompose_both": True},
     }.items():  # fmt: skip

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ CASES = [
 every_method = pytest.mark.parametrize(("net", "method", "conditions", "classes"), CASES)
 
 
-def build(net, method, conditions=(), classes=(), shaken=True, **settings):
+def build(net, method, conditions=(), classes=(), shaken=True, **settings) -> Any:
     torch.manual_seed(1)
     config = method_config(method, settings)
     tuner = tuner_class(method).build(config, net, conditions, vae_scale=4, classes=classes)
