@@ -89,6 +89,45 @@ class FullConfig(Config):
     """Full fine-tuning: every weight of the denoiser is trained."""
 
 
+class BitFitConfig(Config):
+    """BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): the biases are trained."""
+
+    layers: tuple[str, ...] | None = Field(
+        None, description="linear and convolutional layers by part or regular expression; all biases when not given"
+    )
+
+
+class DiffFitConfig(Config):
+    """DiffFit (Xie et al. 2023, arXiv 2304.06648): biases, norm weights and new scale factors are trained."""
+
+
+ADAPTED = "adapted layers, by part or regular expression; null: those that DiffScaler adapts"
+
+
+class LoRAConfig(Config):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) with peft's layers."""
+
+    rank: int = Field(8, ge=1, description="rank of the update (peft: r)")
+    alpha: float | None = Field(None, gt=0, description="the update is multiplied by alpha / rank; rank when not given")
+    layers: tuple[str, ...] | None = Field(("attention",), description=ADAPTED)
+
+
+class DoRAConfig(LoRAConfig):
+    """DoRA (Liu et al. 2024, arXiv 2402.09353) with peft's layers."""
+
+
+class LoKrConfig(Config):
+    """LoKr (LyCORIS, Yeh et al. 2023, arXiv 2309.14859) with peft's layers."""
+
+    rank: int = Field(8, ge=1, description="rank of the second Kronecker factor, if smaller than half its width")
+    alpha: float | None = Field(None, gt=0, description="the update is multiplied by alpha / rank; rank when not given")
+    decompose_both: bool = Field(False, description="the first Kronecker factor has that rank too")
+    decompose_factor: int = Field(
+        -1, ge=-1, description="size of the first Kronecker factor; -1: near the square root of the width"
+    )
+    layers: tuple[str, ...] | None = Field(("attention",), description=ADAPTED)
+
+
 # --------------------------------------------------------------------------------------------------- training
 
 

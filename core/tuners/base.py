@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import unknown
-from ..sites.attaching import Attachment, Removable
+from ..sites.attaching import Removable, all_or_none
 from ..sites.site import Call, Features, Inputs
 from ..sites.wiring import Attached, Wiring
 from .classes import NewClasses
@@ -31,8 +32,6 @@ class Tuner(nn.Module):
     """Its name in `TUNERS`."""
     needs_autocast: ClassVar[bool] = False
     """The denoiser's own layers compute with the float32 weights, so reduced precision needs autocast."""
-    replaces_weights: ClassVar[bool] = False
-    """Its parameters stand in the place of the denoiser's instead of being added to them."""
 
     def __init__(self, config: Config, conditions: tuple[str, ...] = (), vae_scale: int = 8) -> None:
         """A method's own class takes (config, denoiser, conditions, vae_scale); see `build`."""
@@ -68,6 +67,10 @@ class Tuner(nn.Module):
     def use(self, backbone: Backbone) -> None:
         """Told which base it acts on, by all who have more than its denoiser; for a tuner that needs more of it."""
 
+    def replaced(self) -> int:
+        """The number of the denoiser's parameters that its own stand in for; the others are added."""
+        return 0
+
     def describe_sites(self) -> list[str]:
         """Where it acts, in words, for `--dry-run`."""
         raise NotImplementedError
@@ -85,16 +88,12 @@ class Tuner(nn.Module):
         normalize: bool | None = None,
     ) -> Removable:
         """Makes `denoiser` use this tuner until the value returned is removed. See `sites.attaching.attach`."""
-        own = self.act(denoiser, scale=scale, weights=weights, normalize=normalize)
-        if self.new_classes is None:
-            return own
-        parts = Attachment([own])
-        try:
-            parts.also(Wiring.add(denoiser, self.new_classes, scale, {}, True))
-        except BaseException:
-            parts.remove()
-            raise
-        return parts
+        steps: list[Callable[[], Removable]] = [
+            partial(self.act, denoiser, scale=scale, weights=weights, normalize=normalize)
+        ]
+        if self.new_classes is not None:
+            steps.append(partial(Wiring.add, denoiser, self.new_classes, scale, {}, True))
+        return all_or_none(steps)
 
     def act(
         self,

@@ -39,11 +39,29 @@ def unet(sd15):
         ("CSC-Tuner, skips 0,3,4,6,7,9,11", 17_139_280),
         ("CSC-Tuner, dual conv", 37_821_136),
         ("CSC-Tuner, 2 conditions", 2 * 28_824_400),
+        ("BitFit", 343_684),
+        ("DiffFit", 443_844 + 37_440),  # biases and norms; scale factors
+        ("LoRA", 1_594_368),
+        ("LoRA, rank 64", 8 * 1_594_368),
+        ("DoRA", 1_594_368 + 99_840),  # a magnitude for each row
     ],
 )
 def test_sd15(sd15, unet, label, expected):
     method, variant = next((m, v) for m, row in TUNERS.items() for v in row.variants if v.label == label)
     assert count(sd15, method, variant, unet) == expected
+
+
+def test_dit_xl_2():
+    found = {row.variant.label: row.trainable for row in counts(architecture("dit-xl-2"))}
+    blocks = 28 * 1152 * 15  # to_q, to_k, to_v, to_out: 1 each; ff: 4 and 1; norm1.linear: 6
+    assert found["full fine-tuning"] == 674_834_720
+    assert found["BitFit, DiT blocks only"] == blocks == 483_840
+    assert found["BitFit"] == blocks + 1152 + 2 * 1152 + 2 * 1152 + 32  # patches, timestep, final norm, final layer
+    assert found["DiffFit"] == found["BitFit"] + 28 * 2 * 1152
+    assert found["LoRA, rank 64"] == 28 * 64 * 4 * 2 * 1152  # with q, k and v in one layer it is 12,386,304
+    assert found["LoRA, rank 64, DiffScaler's layers"] == 51_830_784
+    assert found["DoRA, rank 64, DiffScaler's layers"] == 51_830_784 + 486_144
+    assert not [label for label in found if "Tuner" in label], "a DiT has no skip connections"
 
 
 @pytest.mark.slow
@@ -87,7 +105,7 @@ def test_variants_that_a_base_does_not_allow_are_left_out_and_the_rest_counted()
     base = Architecture("own", {"_class_name": "UNet2DConditionModel", **small}, 8)
     rows = {row.variant.label: row for row in counts(base)}
     variants = [variant for method in TUNERS.values() for variant in method.variants]
-    fitting = [v.label for v in variants if "skips" not in v.settings and "blocks" not in v.settings.get("layers", ())]
+    fitting = [v.label for v in variants if "skips" not in v.settings and "blocks" not in (v.settings.get("layers") or ())]
     assert [label for label in rows if label in fitting] == fitting
     assert not [label for label in rows if "skips" in label], "this base has four skips"
     total = sum(p.numel() for p in base.denoiser().parameters())
