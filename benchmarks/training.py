@@ -4,9 +4,13 @@ All use one SD 1.5 U-Net with random weights and are paired in one run. FLOPs an
 on fake tensors at 512 px. Time is process CPU time of forward and backward on one thread, without the optimizer; by
 default frozen weights and activations are bfloat16, as in training on a GPU.
 
+With `--base dit-xl-2`: DiffScaler and the other layer methods on DiT-XL/2 at 256 px, also with half of the tokens
+masked; counted, not timed.
+
     python benchmarks/training.py --out docs/benchmarks-training.md
     python benchmarks/training.py --precision fp32 --side 32
     python benchmarks/training.py --no-time            # FLOPs and memory only: a minute, needs little memory
+    python benchmarks/training.py --base dit-xl-2 --out docs/benchmarks-dit.md
 """
 
 from __future__ import annotations
@@ -21,30 +25,31 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sctool.core.backbones.architectures import KNOWN, Architecture
+from sctool.core.backbones.architectures import KNOWN, Architecture, architecture
 from sctool.core.backbones.upsampling import fold_upsampling
-from sctool.core.config import SCEditConfig
 from sctool.core.devices import torch_dtype
 from sctool.core.files import write_text
 from sctool.core.measure import saved_bytes
 from sctool.core.sites.attaching import TunedBackbone
-from sctool.core.tuners.scedit import SCEdit
+from sctool.core.sites.parts import family_of
+from sctool.core.tuners import method_config, tuner_class
 
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
 WITH_FF = r"(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)"
 LIMITS = {"FLOPs SC / full": 0.61, "CPU time SC / LoRA attention+FF": 0.75}
 
-Inputs = dict[str, Tensor]
-Step = Callable[[Inputs], Tensor]  # -> prediction (B, 4, h, w)
+Inputs = dict[str, Any]
+Step = Callable[[Inputs], Tensor]  # -> prediction (B, C, h, w)
 
 
 class Method(nn.Module):
@@ -56,62 +61,66 @@ class Method(nn.Module):
 
     def step(self, inputs: Inputs) -> None:
         """Forward and backward of the mean squared error."""
-        (self.predict(inputs) - inputs["latents"]).square().mean().backward()
+        self.predict(inputs).square().mean().backward()
 
     def trainable(self) -> int:
         """The number of parameters that receive gradients."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
-def plain(net: UNet2DConditionModel) -> Step:
-    """The U-Net's own forward pass."""
-    return lambda i: net(i["latents"], i["t"], i["embeds"], return_dict=False)[0]
+Build = Callable[[Any], Method]
 
 
-def full(net: UNet2DConditionModel) -> Method:
-    """Every weight of the U-Net."""
-    return Method(net.requires_grad_(True), plain(net))
+def full(masked: bool = False) -> Build:
+    """Every weight of the denoiser; with `masked`, on half of the tokens."""
 
-
-def lora(targets: str) -> Callable[[UNet2DConditionModel], Method]:
-    """peft's LoRA of rank 64 on the layers whose names match, with weights in the U-Net's dtype: its fastest form."""
-
-    def build(net: UNet2DConditionModel) -> Method:
-        net.requires_grad_(False).add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=targets))
-        return Method(net.to(net.dtype), plain(net))
+    def build(net: Any) -> Method:
+        model = TunedBackbone(net)
+        net.requires_grad_(True)
+        return Method(model, lambda i: model(i["latents"], i["t"], i["rows"], None, i["kept"] if masked else None))
 
     return build
 
 
-def scedit(*conditions: str, fold: bool = True, **settings: object) -> Callable[[UNet2DConditionModel], Method]:
-    """SC-Tuner, or CSC-Tuner with conditions, on a U-Net with folded upsampling, as in the trainer."""
+def lora(targets: str) -> Build:
+    """peft's LoRA of rank 64 on the layers whose names match, weights in the denoiser's dtype: its fastest form."""
 
-    def build(net: UNet2DConditionModel) -> Method:
-        tuner = SCEdit.build(SCEditConfig(**settings), net, conditions)
+    def build(net: Any) -> Method:
+        net.requires_grad_(False).add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=targets))
+        return Method(net.to(net.dtype), lambda i: family_of(net).output(net, i["latents"], i["t"], i["rows"]))
+
+    return build
+
+
+def ours(method: str, *conditions: str, fold: bool = True, masked: bool = False, **settings: object) -> Build:
+    """A method of this project as the trainer runs it: upsampling folded, with `masked` on half of the tokens."""
+
+    def build(net: Any) -> Method:
+        tuner = tuner_class(method).build(method_config(method, settings), net, conditions)
         model = TunedBackbone(net, tuner)
         if fold:
             fold_upsampling(net)
-        names = dict.fromkeys(conditions)
-        return Method(
-            model,
-            lambda i: model(
-                i["latents"], i["t"], {"prompt_embeds": i["embeds"]}, {name: i["hint"] for name in names} or None
-            ),
-        )
+
+        def predict(i: Inputs) -> Tensor:
+            hints = {name: i["hint"] for name in conditions} or None
+            return model(i["latents"], i["t"], i["rows"], hints, i["kept"] if masked else None)
+
+        return Method(model, predict)
 
     return build
 
 
-def controlnet(net: UNet2DConditionModel) -> Method:
+def controlnet(net: Any) -> Method:
     """diffusers' ControlNet on a frozen U-Net, in the U-Net's dtype."""
     control = ControlNetModel.from_unet(net.requires_grad_(False)).to(net.dtype).requires_grad_(True)
 
     def predict(i: Inputs) -> Tensor:
-        down, mid = control(i["latents"], i["t"], i["embeds"], controlnet_cond=i["hint"], return_dict=False)
+        embeds = i["rows"]["prompt_embeds"]
+        down, mid = control(i["latents"], i["t"], embeds, controlnet_cond=i["hint"], return_dict=False)
         return net(
             i["latents"],
             i["t"],
-            i["embeds"],
+            embeds,
             down_block_additional_residuals=down,
             mid_block_additional_residual=mid,
             return_dict=False,
@@ -120,37 +129,58 @@ def controlnet(net: UNet2DConditionModel) -> Method:
     return Method(net, predict, control)
 
 
-METHODS: dict[str, Callable[[UNet2DConditionModel], Method]] = {
-    "full": full,
+METHODS: dict[str, Build] = {
+    "full": full(),
     "LoRA r64 attention": lora(rf".*{ATTENTION}$"),
     "LoRA r64 attention+FF": lora(rf".*{WITH_FF}$"),
     "LoRA r64 attention+FF, up_blocks": lora(rf"up_blocks.*{WITH_FF}$"),
-    "SC-Tuner": scedit(),
-    "SC-Tuner, upsampling not folded": scedit(fold=False),
-    "SC-Tuner 1/10": scedit(ratio=0.1),
-    "CSC-Tuner k=1": scedit("hint"),
-    "CSC-Tuner k=3": scedit("hint", kernel=3),
+    "SC-Tuner": ours("scedit"),
+    "SC-Tuner, upsampling not folded": ours("scedit", fold=False),
+    "SC-Tuner 1/10": ours("scedit", ratio=0.1),
+    "CSC-Tuner k=1": ours("scedit", "hint"),
+    "CSC-Tuner k=3": ours("scedit", "hint", kernel=3),
     "ControlNet": controlnet,
 }
 TUNER, FULL, LORA = "SC-Tuner", "full", "LoRA r64 attention+FF"
 
+DIFFSCALER, HALF = "DiffScaler", "DiffScaler, half of the tokens"
+TRANSFORMER_LIMITS = {  # of full fine-tuning's
+    DIFFSCALER: {"saved_mb": 1.06, "gflop": 0.75},
+    HALF: {"saved_mb": 0.53, "gflop": 0.37},
+}
+TRANSFORMER_METHODS: dict[str, Build] = {
+    "full": full(),
+    "full, half of the tokens": full(masked=True),
+    DIFFSCALER: ours("diffscaler"),
+    HALF: ours("diffscaler", masked=True),
+    "DiffScaler, separate q, k and v": ours("diffscaler", qkv="separate"),
+    "LoRA r64 attention": ours("lora", rank=64),
+    "LoRA r64 attention and MLP": ours("lora", rank=64, layers=["attention", r"ff\."]),
+    "LoRA r64, DiffScaler's layers": ours("lora", rank=64, layers=["blocks", "final_norm"]),
+    "DiffFit": ours("difffit"),
+    "BitFit": ours("bitfit"),
+}
 
-def example(side: int, batch: int, width: int, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Random latents (batch, 4, side, side), timesteps, text embeddings, and a hint at eight times the side."""
+
+def example(base: Architecture, side: int, batch: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Random latents (batch, 4, side, side), timesteps, conditioning, a hint at eight times the side, kept tokens."""
+    rows = base.family.dummy_rows(base.config, batch, "cpu")
+    tokens = side * side // 4
     return {
         "latents": torch.randn(batch, 4, side, side, dtype=dtype),
         "t": torch.randint(0, 1000, (batch,)),
-        "embeds": torch.randn(batch, 77, width, dtype=dtype),
+        "rows": {
+            name: torch.randn_like(row).to(dtype) if row.is_floating_point() else row for name, row in rows.items()
+        },
         "hint": torch.rand(batch, 3, 8 * side, 8 * side, dtype=dtype),
+        "kept": torch.arange(tokens // 2).expand(batch, -1),
     }
 
 
 # ----------------------------------------------------------------------------------------------- exact figures
 
 
-def counted(
-    base: Architecture, build: Callable[[UNet2DConditionModel], Method], side: int, memory: bool = True
-) -> dict[str, float]:
+def counted(base: Architecture, build: Build, side: int, memory: bool = True) -> dict[str, float]:
     """Trainable parameters, GFLOP per step (batch 1), saved activations per sample in MB (batch 2 minus batch 1).
 
     `memory=False` skips the last. Counted on fake tensors (shapes without storage), float32, eager; weights do not
@@ -165,7 +195,7 @@ def counted(
                     module._parameters[name] = nn.Parameter(torch.empty(p.shape), p.requires_grad)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        one, two = (example(side, batch, base.config["cross_attention_dim"]) for batch in (1, 2))
+        one, two = (example(base, side, batch) for batch in (1, 2))
         saved = [saved_bytes(method, partial(method.predict, inputs)) for inputs in (one, two)] if memory else [0, 0]
         with FlopCounterMode(display=False) as counter:
             method.step(one)
@@ -191,7 +221,7 @@ def timed(base: Architecture, names: list[str], side: int, repeats: int, dtype: 
         net = base.denoiser("meta")
         net.load_state_dict(source, assign=True)
         methods[name] = METHODS[name](net)
-    inputs = example(side, 1, base.config["cross_attention_dim"], dtype)
+    inputs = example(base, side, 1, dtype)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(-1, repeats):
         turn = max(repeat, 0) % len(names)
@@ -276,6 +306,54 @@ def measured_how(tiny: bool, precision: str, side: int, repeats: int) -> str:
     return f"{text} torch {torch.__version__}."
 
 
+def transformer_page(figures: dict[str, dict[str, float]], arguments: list[str]) -> str:
+    """DiT-XL/2's figures as a Markdown page, with the command line `arguments` that produced them."""
+    lines = [
+        "# What a training step costs on DiT-XL/2",
+        "",
+        f"    python benchmarks/training.py {shlex.join(arguments)}",
+    ]
+    lines += ["", TRANSFORMER_PROTOCOL + f" torch {torch.__version__}.", ""]
+    lines += ["| method | trainable | GFLOP per step | vs full | saved activations per sample (MB) | vs full |"]
+    lines += ["| --- |" + " ---: |" * 5]
+    whole = figures[FULL]
+    for name, row in figures.items():
+        cells = [name, f"{row['trainable']:,.0f}", f"{row['gflop']:,.1f}", f"{row['gflop'] / whole['gflop']:.3f}"]
+        cells += [f"{row['saved_mb']:,.0f}", f"{row['saved_mb'] / whole['saved_mb']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"* {line}" for line in transformer_verdicts(figures))]) + "\n"
+
+
+TRANSFORMER_PROTOCOL = (
+    "DiT-XL/2 in diffusers' layout, timestep and class embedders tied, eager. FLOPs and saved activations: float32, "
+    "32x32 latents (256 px), 256 tokens, counted on fake tensors (2 FLOPs per multiply-add; convolutions, linear "
+    "layers and attention). The backward pass is the one that autograd runs: no gradients are computed for frozen "
+    "weights. DiffScaler keeps each layer's input, output and the branch's activations; the rest is recomputed."
+)
+
+
+def transformer_verdicts(figures: dict[str, dict[str, float]]) -> list[str]:
+    """One line per limit: the counted ratio to full fine-tuning, and whether the limit is met."""
+    lines = []
+    for name, limits in TRANSFORMER_LIMITS.items():
+        for key, limit in limits.items():
+            value = figures[name][key] / figures[FULL][key]
+            what = {"saved_mb": "saved activations", "gflop": "FLOPs"}[key]
+            lines.append(f"{what}, {name} / full: {value:.3f}, limit {limit}: {'met' if value <= limit else 'MISSED'}")
+    return lines
+
+
+def transformer_main(given: argparse.Namespace, arguments: list[str]) -> int:
+    """The benchmark on DiT-XL/2; returns 1 when a limit is missed."""
+    base = architecture("dit-xl-2")
+    figures = {name: counted(base, build, 32) for name, build in TRANSFORMER_METHODS.items()}
+    lines, page = transformer_verdicts(figures), transformer_page(figures, arguments)
+    print(json.dumps({"figures": figures, "verdicts": lines}) if given.json else page)
+    if given.out:
+        write_text(given.out, page)
+    return int(any("MISSED" in line for line in lines))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns 1 when a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -286,10 +364,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=64, help="latent side for the timing (64 is 512 px)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="precision for the timing")
     parser.add_argument("--tiny", action="store_true", help="use a tiny U-Net, to test the benchmark itself")
+    parser.add_argument("--base", choices=("sd15", "dit-xl-2"), default="sd15")
     given = parser.parse_args(arguments)
 
     diffusers_logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if given.base == "dit-xl-2":
+        return transformer_main(given, sys.argv[1:] if arguments is None else arguments)
     small = {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 8, "attention_head_dim": 4}
     base = Architecture("sd15", {**KNOWN["sd15"], **(small if given.tiny else {})}, 8)
     figures = {name: counted(base, build, 64) for name, build in METHODS.items()}

@@ -161,7 +161,9 @@ class TrainConfig(Config):
     validate_every: int = Field(500, ge=0, description="steps between held-out losses and adherence; 0 for none")
     sample_every: int = Field(500, ge=0, description="steps between preview grids; 0 for none")
     preview_steps: int = Field(20, ge=1, description="sampling steps of previews and adherence")
-    guidance: float = Field(7.5, ge=0, description="classifier-free guidance of previews and adherence")
+    guidance: float | None = Field(
+        None, ge=0, description="classifier-free guidance of previews and adherence; the base's usual when not given"
+    )
 
     @field_validator("cond")
     @classmethod
@@ -211,7 +213,9 @@ class SampleConfig(Config):
 
     scheduler: Literal["ddim", "dpm++", "unipc"] = Field("ddim", description="sampler")
     steps: int = Field(50, ge=1, le=1000, description="sampling steps")
-    guidance: float = Field(7.5, ge=0, description="classifier-free guidance; 1 for none")
+    guidance: float | None = Field(
+        None, ge=0, description="classifier-free guidance, 1 for none; when not given 7.5, and 4 for DiT"
+    )
     rescale: float = Field(0.0, ge=0, le=1, description="guidance rescale (arXiv 2305.08891)")
     negative: str = Field("", description="negative prompt")
     size: int | None = Field(None, ge=8, description="image side in pixels; the base's own when not given")

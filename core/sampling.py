@@ -55,6 +55,12 @@ def hint_tensor(hints: Sequence[np.ndarray], device: torch.device | str = "cpu")
     return torch.from_numpy(np.stack(hints)).permute(0, 3, 1, 2).to(device).float() / 255
 
 
+def settled(config: SampleConfig, backbone: Backbone) -> SampleConfig:
+    """The config with the base's own size and guidance where it gives none."""
+    guidance = backbone.family.guidance if config.guidance is None else config.guidance
+    return config.model_copy(update={"size": config.size or backbone.resolution, "guidance": guidance})
+
+
 @torch.no_grad()
 def sample_batch(
     backbone: Backbone,
@@ -71,7 +77,8 @@ def sample_batch(
     (B, 3, H, W) in 0..1 by condition, `tasks` the task of each image; they reach the tuners through the pipeline's
     open channel, `cross_attention_kwargs`.
     """
-    pipe, side = backbone.pipe, (config.size or backbone.resolution) // backbone.vae_scale
+    config = settled(config, backbone)
+    pipe, side = backbone.pipe, (config.size or 0) // backbone.vae_scale
     noise = initial_noise(seeds, (backbone.latent_channels, side, side))
     base_scheduler = pipe.scheduler
     pipe.scheduler = scheduler_class(backbone, config).from_config(base_scheduler.config)
@@ -262,6 +269,5 @@ def sampling_protocol(
     return {
         "base": {"id": backbone.id, "hash": backbone.hash, "family": backbone.family.name},
         "tuners": list(tuners),
-        **config.model_dump(mode="json"),
-        "size": config.size or backbone.resolution,
+        **settled(config, backbone).model_dump(mode="json"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..core.backbones.bases import family_of
 from ..core.config import SampleConfig, resolve_config
 from ..core.errors import UsageError
 from ..core.progress import Progress
@@ -70,4 +71,6 @@ def _requested_sampling(run: Run, options: Options) -> SampleConfig | None:
     if options.steps is None and options.guidance is None:
         return None
     guidance = run.config.guidance if options.guidance is None else options.guidance
+    if guidance is None:
+        guidance = family_of(run.config.base, options.offline).guidance
     return resolve_config(SampleConfig, flags={"steps": options.steps, "guidance": guidance})

@@ -71,7 +71,7 @@ class Architecture:
 
 
 def architecture(base: str) -> Architecture:
-    """The shapes of `base`: a known name, an embedded base, a diffusers folder or a downloaded hub id. Reads no weights.
+    """The shapes of `base`: a known name, an embedded base, a folder or a downloaded hub id. Reads no weights.
 
     Raises `UsageError` for anything else, naming the nearest.
     """

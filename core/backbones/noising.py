@@ -23,6 +23,7 @@ class Noising:
         self.scheduler = DDPMScheduler.from_config(scheduler_config)
         self.levels: int = self.scheduler.config.num_train_timesteps
         self.prediction_type: str = self.scheduler.config.prediction_type
+        self._posterior = _posterior(self.scheduler.betas.double())
 
     def timesteps(self, count: int, generator: torch.Generator, part: int = 0, of: int = 1) -> Tensor:
         """`count` timesteps (B,), uniform over part number `part` of the schedule cut into `of` equal parts."""
@@ -43,7 +44,7 @@ class Noising:
 
     def clean(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The estimate of x_0 (B, C, h, w) that a prediction means."""
-        kept = self._of("alphas_cumprod", t)
+        kept = self.scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
         signal, noise = kept.sqrt(), (1 - kept).sqrt()
         if self.prediction_type == "epsilon":
             return (noisy - noise * prediction) / signal
@@ -57,7 +58,7 @@ class Noising:
         Nichol & Dhariwal 2021 (arXiv 2102.09672), eqs. 15 and 16, as DiT trains with it: `values` interpolate between
         the logarithms of the smallest and the largest variance, and no gradient goes into the mean.
         """
-        smallest, largest = self._log_variances(t)
+        smallest, largest = self._at(t, "smallest"), self._at(t, "largest")
         share = (values + 1) / 2
         log_variance = share * largest + (1 - share) * smallest
         mean = self._posterior_mean(self.clean(noisy, prediction.detach(), t), noisy, t)
@@ -67,24 +68,13 @@ class Noising:
         last = -_bin_log_likelihood(latents, mean, log_variance / 2)
         return torch.where(t.view(-1, 1, 1, 1) == 0, last, divergence) / math.log(2)
 
-    def _of(self, name: str, t: Tensor) -> Tensor:
-        """A schedule's values at timesteps (B,), as (B, 1, 1, 1)."""
-        return getattr(self.scheduler, name).to(t.device)[t].view(-1, 1, 1, 1)
+    def _at(self, t: Tensor, name: str) -> Tensor:
+        """A row of the posterior's table at timesteps (B,), as (B, 1, 1, 1)."""
+        return self._posterior[name].to(t.device)[t].view(-1, 1, 1, 1)
 
     def _posterior_mean(self, clean: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """The mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, arXiv 2006.11239, eq. 7)."""
-        kept, before, beta = self._of("alphas_cumprod", t), self._kept_before(t), self._of("betas", t)
-        return (before.sqrt() * beta * clean + (1 - beta).sqrt() * (1 - before) * noisy) / (1 - kept)
-
-    def _kept_before(self, t: Tensor) -> Tensor:
-        before = self._of("alphas_cumprod", (t - 1).clamp(min=0))
-        return torch.where(t.view(-1, 1, 1, 1) == 0, torch.ones_like(before), before)
-
-    def _log_variances(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """log of the posterior's variance (that of t = 1 at t = 0, where it is 0) and of beta."""
-        later = t.clamp(min=1)
-        variance = self._of("betas", later) * (1 - self._kept_before(later)) / (1 - self._of("alphas_cumprod", later))
-        return variance.log(), self._of("betas", t).log()
+        return self._at(t, "clean") * clean + self._at(t, "noisy") * noisy
 
     def snr_weights(self, t: Tensor, gamma: float) -> Tensor:
         """Min-SNR-gamma loss weights (Hang et al. 2023, arXiv 2303.09556, eqs. 5 and 6), (B,).
@@ -94,6 +84,24 @@ class Noising:
         snr = compute_snr(self.scheduler, t)
         divisor = {"epsilon": snr, "v_prediction": snr + 1}.get(self.prediction_type, torch.ones_like(snr))
         return snr.clamp(max=gamma) / divisor
+
+
+def _posterior(betas: Tensor) -> dict[str, Tensor]:
+    """q(x_{t-1} | x_t, x_0) by timestep, float32: the mean's factors of x_0 and x_t, and the log variances' range.
+
+    The smallest variance is the posterior's; at t = 0, where it is 0, that of t = 1. Double precision until the end:
+    at t = 0 the factor of x_0 is a ratio of numbers around 1e-4.
+    """
+    kept = (1 - betas).cumprod(0)
+    before = torch.cat([torch.ones_like(kept[:1]), kept[:-1]])
+    variance = betas * (1 - before) / (1 - kept)
+    table = {
+        "clean": before.sqrt() * betas / (1 - kept),
+        "noisy": (1 - betas).sqrt() * (1 - before) / (1 - kept),
+        "smallest": torch.cat([variance[1:2], variance[1:]]).log(),
+        "largest": betas.log(),
+    }
+    return {name: values.float() for name, values in table.items()}
 
 
 def _bin_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from string import Formatter
+from typing import ClassVar
 
 from ..errors import UsageError
 from .records import Record
@@ -24,6 +25,8 @@ class PromptRule:
 
     template: may contain `{label}`. Empty: labels are not used.
     """
+
+    conditioned_on: ClassVar[str] = "caption"
 
     trigger: str = ""
     template: str | None = None
@@ -56,6 +59,8 @@ class PromptCounts:
     empty: int
     example: str = ""
     """A prompt made from a label."""
+    conditioned_on: str = "caption"
+    """What the base is conditioned on: a caption, or a class label."""
 
     def __str__(self) -> str:
         """One line, "" when every image has its own caption."""
@@ -66,12 +71,14 @@ class PromptCounts:
                 f'"{self.example}" (template: caption=...)'
             )
         if self.empty:
-            parts.append(f"{self.empty} of {self.images} images have an empty caption")
+            lacking = "an empty caption" if self.conditioned_on == "caption" else f"no {self.conditioned_on}"
+            parts.append(f"{self.empty} of {self.images} images have {lacking}")
         return "; ".join(parts)
 
 
 def count_prompts(records: Iterable[Record], prompt: Prompt) -> PromptCounts:
-    """Counts the prompts that are empty and those that would differ without the record's label."""
+    """Counts the prompts that are empty, and captions that would differ without the record's label."""
+    conditioned_on = getattr(prompt, "conditioned_on", "caption")
     images = empty = 0
     labelled: list[str] = []
     for record in records:
@@ -79,6 +86,6 @@ def count_prompts(records: Iterable[Record], prompt: Prompt) -> PromptCounts:
         text = prompt(record)
         if not text.strip():
             empty += 1
-        elif record.label and text != prompt(replace(record, label=None)):
+        elif conditioned_on == "caption" and record.label and text != prompt(replace(record, label=None)):
             labelled.append(text)
-    return PromptCounts(images, len(labelled), empty, labelled[0] if labelled else "")
+    return PromptCounts(images, len(labelled), empty, labelled[0] if labelled else "", conditioned_on)

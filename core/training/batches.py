@@ -66,6 +66,8 @@ def mask_ratio(config: TrainConfig, step: int) -> float:
 
     It falls with cos^4, as MaskDiT's schedule of that name (arXiv 2306.09305, its code).
     """
+    if not config.mask_anneal:
+        return config.mask
     left = (config.steps - 1 - step) / max(1, config.mask_anneal * config.steps)
     return config.mask * (math.cos(math.pi / 2 * (1 - left)) ** 4 if left < 1 else 1)
 

@@ -132,6 +132,11 @@ def captions(cache: dict[str, Any]) -> str:
     return f"; captions: {', '.join(parts)}" if parts else ""
 
 
+def added(classes: list[str]) -> str:
+    """The classes that the tuner adds to the base's; "" for none."""
+    return f"; {len(classes)} classes added: {', '.join(classes)}" if classes else ""
+
+
 def show_plan(plan: dict[str, Any]) -> str:
     """The plan as lines for a person; with tasks, those of each follow those of the run."""
     share, saved = 100 * plan["trainable"] / plan["frozen"], plan["activations_per_image"] / 1e6
@@ -156,7 +161,7 @@ def _show_task(plan: dict[str, Any]) -> list[str]:
     cache = plan["cache"]
     images = f"{plan['images']} images for training, {plan['epochs']} epochs, {plan['held_out']} held out"
     return [
-        f"tuned      {'; '.join(plan['sites'])}",
+        f"tuned      {'; '.join(plan['sites'])}{added(plan['classes_added'])}",
         f"data       {images}{captions(cache)}",
         f"cache      {cache['bytes'] / 1e6:.1f} MB in {cache['folder']}, "
         f"{cache['bytes_to_add'] / 1e6:.1f} MB of it still to write",

@@ -74,6 +74,11 @@ def added_classes(
     return theirs
 
 
+def token_count(model: TunedBackbone, latent: tuple[int, ...]) -> int:
+    """How many tokens the denoiser makes of a latent (C, h, w); 0 where it makes none."""
+    return latent[1] * latent[2] // patch_side(model.denoiser) ** 2 if model.tokens else 0
+
+
 def patch_side(denoiser: nn.Module) -> int:
     """The side of a transformer's token in the latent; 1 for other denoisers."""
     config: Any = denoiser.config
@@ -173,6 +178,8 @@ class Training:
     precision: str
     start: int
     recent: list[list[float]]
+    tokens: int = 0
+    """Tokens that a transformer makes of a latent; 0 for other denoisers."""
 
     @property
     def trained(self) -> nn.Module:
@@ -189,6 +196,8 @@ def set_up(
     config: TrainConfig, run: Run, backbone: Backbone, lanes: list[Lane], accelerator: Accelerator, precision: str
 ) -> Training:
     """Attaches the tuners, makes optimizer and objective, and restores the newest state."""
+    if config.mask and backbone.family.token_layers(backbone.denoiser) is None:
+        raise UsageError(f"mask={config.mask} leaves out tokens, but {config.base} has none: it is not a transformer.")
     device, config = accelerator.device, with_learning_rate(config)
     lr = config.lr or 0.0
     tuners = [lane.tuner for lane in lanes]
@@ -220,6 +229,7 @@ def set_up(
     return Training(
         config, run, accelerator, backbone, lanes, model, net, objective, noising, parameters, optimizer,
         lambda step: lr * factor(step), ema, scaler, precision, start, recent,
+        token_count(model, lanes[0].data.latent_shape),
     )  # fmt: skip
 
 

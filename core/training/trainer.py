@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from .batches import Draw, StepBatches, batch_share, collate, joined, joined_draws, training_draw
 from .lanes import Lane
-from .setup import Training, patch_side
+from .setup import Training
 
 WORKERS = 4
 """Processes that load data for a GPU."""
@@ -30,9 +30,6 @@ class Trainer:
         accelerator, config = training.accelerator, training.config
         self.share = batch_share(config.batch, accelerator.process_index, accelerator.num_processes)
         self.latent_shape = training.lanes[0].data.latent_shape
-        transformer = training.model.tokens is not None
-        _, height, width = self.latent_shape
-        self.tokens = height * width // patch_side(training.backbone.denoiser) ** 2 if transformer else 0
         self.tasks = [lane.name for lane in training.lanes]
         self.batches = [self._batches(lane) for lane in training.lanes]
 
@@ -80,7 +77,8 @@ class Trainer:
         return torch.stack([own.mean() for own in losses.chunk(len(t.lanes))])
 
     def _draw(self, lane: Lane, micro: int) -> Draw:
-        return training_draw(lane.config, micro, self.latent_shape, self.training.noising, self.share, self.tokens)
+        t = self.training
+        return training_draw(lane.config, micro, self.latent_shape, t.noising, self.share, t.tokens)
 
 
 class averaged:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from sctool.cli import run
+from sctool.core.backbones.families import FAMILIES
 from sctool.core.config import (
     PRESETS,
     AnnotateConfig,
@@ -24,7 +25,7 @@ from sctool.core.config import (
 )
 from sctool.core.data.conditions import ConditionSpec, condition_names, parse_conditions
 from sctool.core.errors import UsageError
-from sctool.core.tuners import method_config
+from sctool.core.tuners import method_config, with_learning_rate
 
 
 @pytest.mark.parametrize(
@@ -97,12 +98,16 @@ def test_the_documented_defaults() -> None:
     """What a run does that names nothing: a change here changes the numbers of everybody who relied on it."""
     train, sample, scedit = TrainConfig(), SampleConfig(), SCEditConfig()
     assert (train.method, train.base, train.data, train.cond) == ("scedit", "mini", "photos", ())
-    assert (train.lr, train.betas, train.weight_decay, train.max_grad_norm) == (1e-4, (0.9, 0.999), 0.01, 1.0)
+    assert (train.lr, train.betas, train.weight_decay, train.max_grad_norm) == (None, (0.9, 0.999), 0.01, 1.0)
+    assert [with_learning_rate(TrainConfig(method=name)).lr for name in ("full", "scedit")] == [1e-4, 1e-4]
+    assert with_learning_rate(TrainConfig(lr=3e-4)).lr == 3e-4
+    assert (train.mask, train.mask_anneal) == (0.0, 0.2)
     assert (train.steps, train.batch, train.accumulate, train.warmup) == (1000, 8, 1, 0)
     assert (train.schedule, train.snr_gamma, train.ema, train.seed) == ("constant", None, 0.0, 0)
     assert (train.caption_dropout, train.hint_dropout, train.flip, train.val_count) == (0.1, 0.0, False, 64)
-    assert (train.guidance, train.preview_steps, train.precision) == (7.5, 20, "auto")
-    assert (sample.scheduler, sample.steps, sample.guidance, sample.rescale) == ("ddim", 50, 7.5, 0.0)
+    assert (train.guidance, train.preview_steps, train.precision) == (None, 20, "auto")
+    assert (sample.scheduler, sample.steps, sample.guidance, sample.rescale) == ("ddim", 50, None, 0.0)
+    assert [family.guidance for family in FAMILIES] == [7.5, 7.5, 4.0]
     assert (sample.negative, sample.batch) == ("", 8)
     assert (scedit.operator, scedit.ratio, scedit.kernel, scedit.dual) == ("linear", 1.0, 1, False)
     assert (scedit.cascade, scedit.normalize, scedit.hint_channels) == ("zero-chain", True, None)

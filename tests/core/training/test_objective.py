@@ -35,7 +35,7 @@ class Recorder(nn.Module):
         self.hints: dict[str, torch.Tensor] | None = None
 
     def forward(self, latents, t, rows, hints=None, kept=None, tasks=None):
-        self.latents, self.t, self.rows, self.hints = latents, t, rows, hints
+        self.latents, self.t, self.rows, self.hints, self.kept = latents, t, rows, hints, kept
         return self.prediction
 
 

@@ -91,7 +91,6 @@ class Steps:
                     parameters=[self.weight],
                 )
             ],
-            model=SimpleNamespace(tokens=None),
             start=start,
             net=nn.Identity(),
             noising=NOISING,
@@ -101,6 +100,7 @@ class Steps:
             rate=lambda step: lr / (1 + step),
             ema=None,
             scaler=torch.amp.GradScaler("cpu", enabled=False),
+            tokens=0,
         )
 
     def objective(self, net: nn.Module, batch: dict[str, torch.Tensor], draw: Any) -> torch.Tensor:

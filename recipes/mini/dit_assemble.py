@@ -1,7 +1,7 @@
 """Assembles mini-dit as a DiT folder: mini's autoencoder, a transformer, the labels.
 
-python recipes/mini-dit/assemble.py init                    # random transformer: what `sctool train` starts from
-python recipes/mini-dit/assemble.py final --run runs/NAME   # trained transformer, all in fp16, to core/assets/mini-dit
+python recipes/mini/dit_assemble.py init                    # random transformer: what `sctool train` starts from
+python recipes/mini/dit_assemble.py final --run runs/NAME   # trained transformer, all in fp16, to core/assets/mini-dit
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -76,7 +77,7 @@ def save(denoiser: DiTTransformer2DModel, out: Path, dtype: torch.dtype) -> None
     index.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def trained(run: Path) -> DiTTransformer2DModel:
+def trained(run: Path) -> Any:
     """The denoiser of a finished run of method `full`."""
     backbone = load_backbone(str(BASE))
     attach(backbone.denoiser, load_tuner(Run(run).tuner, backbone))
