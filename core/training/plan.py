@@ -16,9 +16,10 @@ from ..devices import best_device, choose_precision, torch_dtype
 from ..measure import saved_bytes
 from ..sites.attaching import TunedBackbone
 from ..tasks import task_configs
+from ..tuners import check_routing
 from ..tuners.base import Tuner
 from .lanes import TaskSet
-from .setup import added_classes, build_model, build_tuner, refuse_unroutable
+from .setup import added_classes, build_model, build_tuner
 from .splits import split_records
 
 ADAM_STATES = 4  # float32 numbers per trained weight: the weight, its gradient, AdamW's two moments
@@ -53,7 +54,7 @@ def plan_tasks(config: TrainConfig, sets: Mapping[str | None, TaskSet], *, offli
     Memory is weights, gradients, AdamW's two moments and the activations saved for backward (counted exactly for eager
     mode on the meta device); the workspace of the device's libraries comes on top.
     """
-    refuse_unroutable(config)
+    check_routing(config)
     device = torch.device(best_device())
     precision = choose_precision(config.precision, device)
     backbone = load_backbone(config.base, vae_dtype=autoencoder_dtype(device), offline=offline)  # as the cache has it

@@ -26,7 +26,7 @@ from ..progress import Progress
 from ..runs import Run
 from ..sites.attaching import TunedBackbone
 from ..tasks import task_configs
-from ..tuners import method_config, tuner_class, with_learning_rate
+from ..tuners import check_routing, method_config, tuner_class, with_learning_rate
 from ..tuners.base import Tuner
 from .lanes import Data, Lane, TaskSet
 from .objective import DiffusionObjective, Objective
@@ -106,15 +106,6 @@ def build_tuner(config: TrainConfig, backbone: Backbone, task: str | None = None
     return tuner
 
 
-def refuse_unroutable(config: TrainConfig) -> None:
-    """Raises `UsageError` for tasks with a method that cannot tell the samples of a batch apart."""
-    if config.tasks and not tuner_class(config.method).routes:
-        raise UsageError(
-            f"--tasks: method {config.method} changes the denoiser for a whole batch, which tasks cannot share. "
-            "Train each in a run of its own."
-        )
-
-
 def open_lanes(
     config: TrainConfig, run: Run, sets: Mapping[str | None, TaskSet], backbone: Backbone, accelerator: Accelerator,
     progress: Progress,
@@ -123,7 +114,7 @@ def open_lanes(
 
     Raises `SctoolError` for a task without an image.
     """
-    refuse_unroutable(config)
+    check_routing(config)
     configs = task_configs(config)
     bases, data = {}, {}
     for task, own in configs.items():
