@@ -46,6 +46,7 @@ def evaluate(
     target: Annotated[
         str | None, typer.Argument(help="Samples folder, run folder, or run name. \\[default: the latest run]")
     ] = None,
+    task: Annotated[str | None, typer.Option(help="Which task, of a run that has several.")] = None,
     metrics: tuple[str, ...] = (),
     features: Annotated[
         str,
@@ -116,6 +117,8 @@ def evaluate(
 
       sctool evaluate runs/edges --nmse --profile --json
 
+      sctool evaluate runs/multi --task edges             one task of a run that trained several
+
       sctool evaluate runs/scenes --iou --evaluator seg:model=oneformer
 
       sctool evaluate runs/edges --report report          also writes report/report.html
@@ -139,6 +142,7 @@ def evaluate(
         steps=steps,
         guidance=guidance,
         seed=seed,
+        task=task,
         quiet=quiet,
     )
     results = measure(target, options, runs=runs)

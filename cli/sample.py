@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import UsageError
+from ..core.errors import UsageError, unknown
 from .options import help_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..core.chosen import Chosen
     from ..core.sampling import Request
 
 
@@ -21,11 +22,21 @@ def sample(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts to sample.")] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option("--prompts", help='Text file, one prompt per line; or .jsonl with "prompt", "seed" and "hints".'),
+        typer.Option(
+            "--prompts", help='Text file, one prompt per line; or .jsonl with "prompt", "seed", "hints" and "task".'
+        ),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="LABEL_OR_ID", help="A class of a class-conditional base; repeatable."),
     ] = None,
     tuner: Annotated[
         list[str] | None,
         typer.Option(help="Run, tuner file, or FILE:SCALE; repeatable. \\[default: the latest run]"),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Task of a run that has several; repeatable, or a,b. An ordinary run's task is its name."),
     ] = None,
     no_tuner: Annotated[bool, typer.Option("--no-tuner", help="Sample the base alone.")] = False,
     base: Annotated[str | None, typer.Option(help="Base to sample with. \\[default: the tuner's]")] = None,
@@ -57,6 +68,7 @@ def sample(
     """Sample images with unmodified diffusers pipelines.
 
     Without a prompt, the held-out captions and hints of the latest run are sampled by the base and by the tuned model.
+    With several tasks each prompt is drawn once for each, all in one batch.
 
     Examples:
 
@@ -66,29 +78,40 @@ def sample(
 
       sctool sample "a chair" --tuner runs/canny --tuner runs/color --hint canny=e.png:0.7 --hint color=c.png:0.3
 
+      sctool sample "a coat" --tuner runs/multi --task edges,depth --hint canny=e.png --hint depth=d.png
+
+      sctool sample --class hat --class 7 --tuner runs/hats --count 4
+
       sctool sample --prompts prompts.txt --scheduler dpm++ --steps 20 --out images
     """
-    if no_tuner and tuner:
-        raise UsageError("--tuner and --no-tuner exclude each other.")
+    from ..core.chosen import choose
+
+    tasks = list(dict.fromkeys(name.strip() for text in task or [] for name in text.split(",") if name.strip()))
+    if no_tuner and (tuner or task):
+        raise UsageError(f"--{'tuner' if tuner else 'task'} and --no-tuner exclude each other.")
     flags: dict[str, Any] = {
         "scheduler": scheduler, "steps": steps, "guidance": guidance, "negative": negative, "size": size,
         "batch": batch, "rescale": rescale,
     }  # fmt: skip
     tuners = [split_scale(text) for text in tuner or []]
-    if not prompts and not prompts_file:
+    if prompts or prompts_file or classes:
+        rows = read_rows([*(prompts or []), *(classes or [])], prompts_file)
+        tasks = tasks or list(dict.fromkeys(row["task"] for row in rows if row.get("task")))
+        chosen = [] if no_tuner else choose(tuners or [(str(find_latest()), 1.0)], tasks)
+        drawer = Sampler(chosen, base, flags, by_class=bool(classes), force=force, offline=offline, quiet=quiet)
+        hints, weights = drawer.hints(hint or [], photo or [])
+        requests = drawer.requests(rows, prompts_file, count or 1, seed, hints)
+        sheets = [drawer.write(requests, out or Path("samples"), weights, normalize=False if no_normalize else None)]
+    else:
         if hint or photo:
             raise UsageError("a hint needs a prompt to go with it: sctool sample PROMPT --hint NAME=FILE.")
-        sheet = sample_held_out(
-            tuners[0] if tuners else (None, 1.0), flags, count=count or 8, seed=seed, base_alone=no_tuner, out=out,
-            offline=offline, quiet=quiet,
+        if len(tuners) > 1:
+            raise UsageError("the held-out images of one run are drawn at a time; give a prompt, or a single --tuner.")
+        sheets = sample_held_out(
+            tuners[0] if tuners else (None, 1.0), flags, tasks=tasks, count=count or 8, seed=seed, base_alone=no_tuner,
+            out=out, offline=offline, quiet=quiet,
         )  # fmt: skip
-    else:
-        chosen = [] if no_tuner else tuners or [(str(find_latest()), 1.0)]
-        drawer = Sampler(chosen, base, flags, force=force, offline=offline, quiet=quiet)
-        hints, weights = drawer.hints(hint or [], photo or [])
-        requests = drawer.requests(prompts or [], prompts_file, count or 1, seed, hints)
-        sheet = drawer.write(requests, out or Path("samples"), weights, normalize=False if no_normalize else None)
-    print(json.dumps({"sheets": [str(sheet)]}) if as_json else sheet)
+    print(json.dumps({"sheets": list(map(str, sheets))}) if as_json else "\n".join(map(str, sheets)))
 
 
 def find_latest() -> Path:
@@ -99,68 +122,101 @@ def find_latest() -> Path:
 
 
 def sample_held_out(
-    tuner: tuple[str | None, float], flags: dict[str, Any], *, count: int, seed: int, base_alone: bool,
-    out: Path | None, offline: bool, quiet: bool,
-) -> Path:  # fmt: skip
-    """Samples a run's held-out captions and hints; returns the contact sheet."""
+    tuner: tuple[str | None, float], flags: dict[str, Any], *, tasks: list[str], count: int, seed: int,
+    base_alone: bool, out: Path | None, offline: bool, quiet: bool,
+) -> list[Path]:  # fmt: skip
+    """Samples the held-out captions and hints of a run, or of its tasks (all when none are named).
+
+    Returns the contact sheets.
+    """
     from ..core.config import SampleConfig, resolve_config
     from ..core.runs import find_run
     from ..eval.heldout import sample_heldout
 
     name, scale = tuner
     run = find_run(name)
-    flags["guidance"] = run.config.guidance if flags["guidance"] is None else flags["guidance"]
-    folders = sample_heldout(
-        run,
-        count=count,
-        sampling=resolve_config(SampleConfig, flags=flags),
-        seed=seed,
-        which=("base",) if base_alone else ("base", "tuned"),
-        scale=scale,
-        quiet=quiet,
-        offline=offline,
-        out=out,
-    )
-    return folders[0].parent / "sheet.png"
+    sheets = []
+    for part in [run.of_task(task) for task in tasks] or run.parts():
+        guidance = part.config.guidance if flags["guidance"] is None else flags["guidance"]
+        folders = sample_heldout(
+            part,
+            count=count,
+            sampling=resolve_config(SampleConfig, flags={**flags, "guidance": guidance}),
+            seed=seed,
+            which=("base",) if base_alone else ("base", "tuned"),
+            scale=scale,
+            quiet=quiet,
+            offline=offline,
+            out=out / (part.task or "") if out else None,
+        )
+        sheets.append(folders[0].parent / "sheet.png")
+    return sheets
 
 
 class Sampler:
     """A base with tuners, loaded for prompts from the command line."""
 
     def __init__(
-        self, chosen: list[tuple[str, float]], base: str | None, flags: dict[str, Any], *, force: bool, offline: bool,
-        quiet: bool,
+        self, chosen: list[Chosen], base: str | None, flags: dict[str, Any], *, by_class: bool = False, force: bool,
+        offline: bool, quiet: bool,
     ) -> None:  # fmt: skip
-        """`chosen` are tuners with their scales; the base is theirs when not given."""
+        """The base is the tuners' when not given. `by_class`: classes were asked for.
+
+        Raises `UsageError` for classes of a base that is conditioned on text.
+        """
+        from ..core.backbones.bases import family_of
         from ..core.backbones.loading import load_backbone
-        from ..core.checkpoint import load_tuner, read_meta
+        from ..core.checkpoint import load_tuner
         from ..core.config import SampleConfig, resolve_config
         from ..core.devices import best_device
         from ..core.progress import Progress
 
         config = resolve_config(SampleConfig, flags=flags)
         self.chosen, self.progress = chosen, Progress(quiet)
-        self.metas = [read_meta(name) for name, _ in chosen]
-        base = base or (self.metas[0]["base"]["id"] if chosen else "mini")
+        base = base or (chosen[0].meta["base"]["id"] if chosen else "mini")
+        if by_class and not family_of(base, offline).by_class:
+            raise UsageError(f"--class is for class-conditional bases; {base} is conditioned on text: pass a prompt.")
         self.backbone = load_backbone(base, device=best_device(), offline=offline)
         self.config = config.model_copy(update={"size": config.size or self.backbone.resolution})
-        self.tuners = [load_tuner(name, self.backbone, force=force) for name, _ in chosen]
+        self.tuners = [load_tuner(one.file, self.backbone, force=force) for one in chosen]
+        self.tasks = list(dict.fromkeys(one.task for one in chosen)) or [None]
 
     @property
     def size(self) -> int:
         """The side of the images in pixels."""
         return self.config.size or self.backbone.resolution
 
+    @property
+    def classes(self) -> dict[str | None, tuple[str, ...]]:
+        """The classes that the tuners of each task add to the base's."""
+        return {one.task: tuner.classes for one, tuner in zip(self.chosen, self.tuners, strict=True) if tuner.classes}
+
+    def conditions(self, task: str | None) -> set[str]:
+        """The conditions of a task's tuners."""
+        pairs = zip(self.chosen, self.tuners, strict=True)
+        return {name for one, tuner in pairs if one.task == task for name in tuner.conditions}
+
     def hints(self, hints: list[str], photos: list[str]) -> tuple[dict[str, Any], dict[str, float]]:
         """`read_hints`, with photographs annotated as the maps that the tuners were trained on."""
-        map_settings = {name: how for meta in self.metas for name, how in meta.get("maps", {}).items()}
+        map_settings = {name: how for one in self.chosen for name, how in one.meta.get("maps", {}).items()}
         return read_hints(hints, photos, self.size, map_settings)
 
     def requests(
-        self, prompts: list[str], file: Path | None, count: int, seed: int, hints: dict[str, Any]
+        self, rows: list[dict[str, Any]], file: Path | None, count: int, seed: int, hints: dict[str, Any]
     ) -> list[Request]:
-        """`read_requests`; says how many prompts are longer than the text encoder reads."""
-        requests = read_requests(prompts, file, count, seed, hints, self.size)
+        """`read_requests`; says how many prompts are longer than the text encoder reads.
+
+        Raises `UsageError` for a hint that no task takes, and for a class that the base and the tuners do not have.
+        """
+        known = {task: self.conditions(task) for task in self.tasks if task}
+        for name in hints if known else ():
+            if not any(name in conditions for conditions in known.values()):
+                raise unknown("hint", name, set().union(*known.values()) or ("none, no task has a condition",))
+        requests = read_requests(rows, file, count, seed, hints, self.size, known)
+        if self.backbone.family.by_class:
+            from ..core.sampling import encoded
+
+            encoded(self.backbone, [(request.prompt, request.task) for request in requests], self.classes)
         texts = {request.prompt for request in requests}
         cut = sum(self.backbone.too_long(text) for text in texts)
         if cut:
@@ -174,15 +230,20 @@ class Sampler:
         from ..core.sites.attaching import tuned
 
         used = [
-            {"method": tuner.method, "file": name, "scale": scale, "weights": weights}
-            for tuner, (name, scale) in zip(self.tuners, self.chosen, strict=True)
+            {"method": tuner.method, "file": one.name, "scale": one.scale, "weights": weights}
+            | ({"task": one.task} if one.task else {})
+            for tuner, one in zip(self.tuners, self.chosen, strict=True)
         ]
-        scales = [scale for _, scale in self.chosen]
         attached = tuned(
-            self.backbone.denoiser, *self.tuners, scales=scales, weights=weights or None, normalize=normalize
+            self.backbone.denoiser,
+            *self.tuners,
+            scales=[one.scale for one in self.chosen],
+            weights=weights or None,
+            normalize=normalize,
+            tasks=[one.task for one in self.chosen],
         )
         with self.progress.counting(len(requests), "sampling") as advance, attached:
-            images = sample_images(self.backbone, requests, self.config, advance)
+            images = sample_images(self.backbone, requests, self.config, advance, classes=self.classes)
             write_samples(folder, images, sampling_protocol(self.backbone, self.config, used))
         return folder / "sheet.png"
 
@@ -231,12 +292,8 @@ def read_hints(
     return images, weights
 
 
-def read_requests(
-    prompts: list[str], file: Path | None, count: int, seed: int, maps: dict[str, Any], size: int
-) -> list[Request]:
-    """Every prompt `count` times with counting seeds; a .jsonl row may name its own seed and hints."""
-    from ..core.sampling import Request
-
+def read_rows(prompts: list[str], file: Path | None) -> list[dict[str, Any]]:
+    """The prompts, then the file's, as mappings with "prompt" and what else a .jsonl row has. Raises `UsageError`."""
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
     if file is not None:
         try:
@@ -252,10 +309,30 @@ def read_requests(
             rows.append(row)
     if not rows:
         raise UsageError(f"--prompts {file} contains no prompt.")
+    return rows
+
+
+def read_requests(
+    rows: list[dict[str, Any]], file: Path | None, count: int, seed: int, maps: dict[str, Any], size: int,
+    conditions: Mapping[str, set[str]],
+) -> list[Request]:  # fmt: skip
+    """Every row `count` times with counting seeds; a .jsonl row of `file` may name its own seed, hints and task.
+
+    `conditions` are those of each task; a row without a task is drawn once for each of them, with the same seed, and
+    takes the hints that the task has conditions for. Raises `UsageError` for a row of another task.
+    """
+    from ..core.sampling import Request
+
     requests = []
+    images = 0
     for row in rows:
         own, _ = read_hints([f"{n}={(file or Path()).parent / f}" for n, f in row.get("hints", {}).items()], [], size)
+        if row.get("task") and row["task"] not in conditions:
+            raise unknown("task", str(row["task"]), conditions or ("none: pass --task",))
         for copy in range(count):
-            start = int(row["seed"]) + copy if "seed" in row else seed + len(requests)
-            requests.append(Request(row["prompt"], start, {**maps, **own}))
+            start = int(row["seed"]) + copy if "seed" in row else seed + images
+            images += 1
+            for task in [row["task"]] if row.get("task") else [*conditions] or [None]:
+                hints = {n: hint for n, hint in {**maps, **own}.items() if task is None or n in conditions[task]}
+                requests.append(Request(row["prompt"], start, hints, task=task))
     return requests

@@ -33,6 +33,10 @@ def train(
     precision: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "precision"))] = None,
     init: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "init"))] = None,
     seed: Annotated[int | None, typer.Option(help=help_of("TrainConfig", "seed"))] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON file of tasks to train together, a tuner each: rows of name, data, cond, ..."),
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="A named recipe shipped with sctool.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags override it.")] = None,
     name: Annotated[str | None, typer.Option(help="Run name. \\[default: made from the settings]")] = None,
@@ -55,61 +59,76 @@ def train(
 
       sctool train --preset scedit-fewshot --data ./my-style trigger="<sce>"
 
+      sctool train --tasks tasks.yaml                           rows as {name: edges, data: photos, cond: canny}
+
       accelerate launch --num_processes 4 -m sctool train --cond canny batch=64
     """
     from ..core.config import TrainConfig, resolve_config
+    from ..core.tasks import read_tasks, task_configs
 
     flags: dict[str, Any] = {
         "method": method, "base": base, "data": data, "maps": maps, "val_data": val_data, "steps": steps,
         "batch": batch, "lr": lr, "size": size, "precision": precision, "init": init, "seed": seed,
-        "cond": cond,
+        "cond": cond, "tasks": read_tasks(tasks) if tasks else None,
     }  # fmt: skip
     from ..core.errors import SctoolError, UsageError
-    from ..core.tuners import with_learning_rate
+    from ..core.tuners import check_routing, with_learning_rate
 
     if cond is not None and not cond.strip(" ,"):
         raise UsageError("--cond names no condition; leave it out to train without control.")
     settings = resolve_config(TrainConfig, preset_name=preset, file=config, flags=flags, pairs=pairs or ())
-    check_names(settings)
     settings = with_learning_rate(settings)
+    configs = task_configs(settings)
+    for own in configs.values():
+        check_names(own)
+    check_routing(settings)
 
-    from ..annotators.training_sets import open_training_sets
-    from ..core.backbones.bases import family_of, resolution
     from ..core.runs import open_run
+    from ..core.training.lanes import TaskSet
     from ..eval.heldout import adherence
 
-    trained_size = settings.size or resolution(settings.base, offline)
-    prompt = family_of(settings.base, offline).prompt_rule(settings.trigger, settings.caption)
-    source, held_out, map_meta = open_training_sets(settings, trained_size, prompt=prompt, strict=strict, quiet=quiet)
+    main = os.environ.get("RANK", "0") == "0"  # of several processes, one locks the run and prints
+    sets = {}
+    for task, own in configs.items():
+        source, held_out, made = open_sets(own, strict=strict, offline=offline, quiet=quiet)
+        measures = adherence(own.conditions, made, quiet=quiet or not main)
+        sets[task] = TaskSet(source, held_out, made, measures)
     if dry_run:
-        from ..core.training.plan import plan_run, show_plan
+        from ..core.training.plan import plan_tasks, show_plan
 
-        plan = plan_run(settings, source, held_out, offline=offline)
+        plan = plan_tasks(settings, sets, offline=offline)
         print(json.dumps(plan) if as_json else show_plan(plan))
         return
 
-    from ..core.training.train import train as run_training
+    from ..core.training.train import train_tasks
 
     run = open_run(out, name, settings)
-    main = os.environ.get("RANK", "0") == "0"  # of several processes, one locks the run and prints
     with run.locked() if main else nullcontext():
         try:
-            summary = run_training(
-                settings, run, source, held_out=held_out, map_meta=map_meta,
-                measures=adherence(settings.conditions, map_meta, quiet=quiet or not main),
-                offline=offline, quiet=quiet,
-            )  # fmt: skip
+            summary = train_tasks(settings, run, sets, offline=offline, quiet=quiet)
         except SctoolError:
             if main:
                 run.discard_if_untrained()
             raise
     if not main:
         return
+    files = {part.task: str(part.tuner) for part in run.parts()}
     if as_json:
-        print(json.dumps({"run": str(run.path), "tuner": str(run.tuner), **summary.to_json()}))
+        tuners = {"tuners": files} if settings.tasks else {"tuner": files[None]}
+        print(json.dumps({"run": str(run.path), **tuners, **summary.to_json()}))
     else:
         loss = f", loss {summary.last.loss:.4f}" if summary.last else ""
-        print(f"{run.tuner}  ({summary.steps} steps{loss})")
+        print("\n".join(files.values()) + f"  ({summary.steps} steps{loss})")
+
+
+def open_sets(config: TrainConfig, *, strict: bool, offline: bool, quiet: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """`open_training_sets` at the size and with the prompts of the config's base."""
+    from ..annotators.training_sets import open_training_sets
+    from ..core.backbones.bases import family_of, resolution
+
+    size = config.size or resolution(config.base, offline)
+    prompt = family_of(config.base, offline).prompt_rule(config.trigger, config.caption)
+    return open_training_sets(config, size, prompt=prompt, strict=strict, quiet=quiet)
 
 
 def check_names(settings: TrainConfig) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .backbones.bases import ASSETS
 from .errors import SctoolError, UsageError
 from .files import replacing, save_tensors, write_json
+from .runs import several
 from .tuners import method_config, tuner_class
 
 if TYPE_CHECKING:
@@ -29,14 +30,24 @@ FORMAT = 1
 def tuner_file(path: str | Path) -> Path:
     """The tuner file at `path`: a tuner file, a tuner folder, a run folder, or the name of an embedded tuner or a run.
 
-    Runs are looked up by name in runs/. Raises `UsageError` when there is none.
+    Runs are looked up by name in runs/. Raises `UsageError` when there is none, or when there is one for each task.
     """
     path = EMBEDDED_TUNERS.get(str(path), Path(path).expanduser())
     for candidate in (path, path / NAME, path / "tuner" / NAME, Path("runs") / path / "tuner" / NAME):
         if candidate.is_file():
             return candidate
+    if tasks := task_files(path):
+        raise several(path, tasks)
     reason = f"contains no {NAME} or tuner/{NAME}" if path.is_dir() else "does not exist"
     raise UsageError(f"tuner '{path}' {reason}. Give a run folder, a tuner folder or a tuner file.")
+
+
+def task_files(path: str | Path) -> dict[str, Path]:
+    """The tuner files of a run's tasks by task; {} for anything but a run that has several. `path` as `tuner_file`."""
+    path = Path(path).expanduser()
+    folders = [f for f in (path, path / "tuner", Path("runs") / path / "tuner") if f.name == "tuner" and f.is_dir()]
+    files = sorted(folders[0].glob("*.safetensors")) if folders else []
+    return {} if folders and (folders[0] / NAME) in files else {file.stem: file for file in files}
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -60,10 +71,12 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         raise SctoolError(f"'{path}' was not written by sctool: its metadata do not name a method.") from error
 
 
-def describe(tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def describe(
+    tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = None, task: str | None = None
+) -> dict[str, Any]:
     """The metadata of `tuner`, trained on `backbone`: what it is, and what is needed to build it again.
 
-    maps: how each condition's map was made.
+    maps: how each condition's map was made. task: its name, where it was trained as one of several.
     """
     from importlib.metadata import version
 
@@ -72,6 +85,7 @@ def describe(tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = 
         "sctool": version("sctool"),
         "method": tuner.method,
         "config": tuner.config.model_dump(mode="json"),
+        **({"task": task} if task else {}),
         "conditions": list(tuner.conditions),
         **({"classes": list(tuner.classes)} if tuner.classes else {}),
         "maps": dict(maps or {}),
@@ -84,8 +98,9 @@ def describe(tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = 
 
 
 def save_tuner(
-    path: str | Path, tuner: Tuner, backbone: Backbone, *, maps: Mapping[str, Any] | None = None, **more: Any
-) -> Path:
+    path: str | Path, tuner: Tuner, backbone: Backbone, *, maps: Mapping[str, Any] | None = None,
+    task: str | None = None, **more: Any,
+) -> Path:  # fmt: skip
     """Writes the tuner's float32 weights and its description (see `describe`); returns the file. Atomic.
 
     path: a folder, or a file ending in .safetensors. The file's bytes depend on weights and description only; `more`,
@@ -93,7 +108,7 @@ def save_tuner(
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / NAME
-    meta = describe(tuner, backbone, maps)
+    meta = describe(tuner, backbone, maps, task)
     tensors = {name: value.detach().cpu() for name, value in sorted(tuner.state_dict().items())}
     with replacing(file) as temporary:
         save_tensors(tensors, temporary, {"format": "pt", "sctool": json.dumps(meta, sort_keys=True)})

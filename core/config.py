@@ -131,6 +131,40 @@ class LoKrConfig(Config):
 # --------------------------------------------------------------------------------------------------- training
 
 
+class TaskConfig(Config):
+    """One of several tasks that are trained together. What it gives replaces the run's own value."""
+
+    name: str = Field(pattern="^[a-z0-9_-]+$", description="the task's name: a-z, 0-9, _ and -")
+    data: str | None = Field(None, description="its data; the run's own when not given")
+    val_data: str | None = Field(None, description="its held-out set")
+    maps: str | None = Field(None, description="folder of its condition maps")
+    cond: tuple[str, ...] | None = Field(None, description="its conditions")
+    trigger: str | None = Field(None, description="word placed before its captions")
+    caption: str | None = Field(None, description="template of its captions that are made from class labels")
+    tuner: dict[str, Any] | None = Field(None, description="the method's own settings, added to the run's")
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, value: str) -> str:
+        if value in RESERVED:
+            raise UsageError(f"a task cannot be called '{value}': a run has files of that name.")
+        return value
+
+    @field_validator("cond")
+    @classmethod
+    def _one_condition_each(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if value is None else tuple(map(str, parse_conditions(value)))
+
+    @field_validator("caption")
+    @classmethod
+    def _label_alone(cls, value: str | None) -> str | None:
+        return None if value is None else check_template(value)
+
+
+RESERVED = ("tuner", "preview", "base", "tuned")
+"""Names of files and folders in a run."""
+
+
 class TrainConfig(Config):
     """Everything that decides a training run's result."""
 
@@ -139,6 +173,7 @@ class TrainConfig(Config):
     cond: tuple[str, ...] = Field((), description="conditions to control by, e.g. canny or canny:low=50,color")
     base: str = Field("mini", description="'mini', a diffusers-format folder, or a hub id")
     init: str | None = Field(None, description="tuner file or run to continue from")
+    tasks: tuple[TaskConfig, ...] = Field((), description="tasks that are trained together, a tuner each")
 
     data: str = Field("photos", description="'photos', an image folder, webdataset shards, or a prompt.json")
     maps: str | None = Field(None, description="folder of condition maps that are not in the data set")
@@ -200,10 +235,34 @@ class TrainConfig(Config):
     def _label_alone(cls, value: str) -> str:
         return check_template(value)
 
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _tasks(cls, rows: Any) -> Any:
+        if not isinstance(rows, list | tuple):
+            return rows
+        return tuple(_task(row, f"task {number}: ") for number, row in enumerate(rows, 1))
+
+    @field_validator("tasks")
+    @classmethod
+    def _different_names(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+        names = [task.name for task in tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UsageError(f"two tasks are called '{twice[0]}'; give each a name of its own.")
+        return tasks
+
     @property
     def conditions(self) -> tuple[str, ...]:
         """The names of the conditions, without annotator settings."""
         return tuple(spec.name for spec in parse_conditions(self.cond))
+
+
+def _task(row: Any, where: str) -> TaskConfig:
+    """One row of `tasks`. Raises `UsageError` for a row without a name, and for wrong keys or values."""
+    if isinstance(row, TaskConfig):
+        return row
+    if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
+        raise UsageError(f"{where}{row!r} is no task: write {{name: NAME, data: FOLDER, ...}}.")
+    return build(TaskConfig, row, where)
 
 
 # --------------------------------------------------------------------------------------------------- sampling

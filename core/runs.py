@@ -1,6 +1,8 @@
 """Run folders: the config, metrics, samples, tuner and resume states of a training run. Imports no torch.
 
 runs/<name>/config.yaml env.json metrics.jsonl tb/ samples/ tuner/ state/step-N/      runs/latest names the latest run
+
+A run of several tasks has a tuner for each, tuner/TASK.safetensors, and its samples in samples/TASK/.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +23,7 @@ from typing import Any
 from .config import TrainConfig, build, read_yaml, to_yaml
 from .errors import SctoolError, UsageError, unknown
 from .files import write_json, write_text
+from .tasks import task_configs
 
 PACKAGES = (
     "sctool",
@@ -45,9 +48,10 @@ def free_keys(config: TrainConfig) -> set[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder."""
+    """One run folder; with a `task`, what of it belongs to that task."""
 
     path: Path
+    task: str | None = None
 
     @property
     def name(self) -> str:
@@ -55,19 +59,44 @@ class Run:
         return self.path.name
 
     @property
+    def title(self) -> str:
+        """The name, and the task's where there is one."""
+        return f"{self.name}, task {self.task}" if self.task else self.name
+
+    @property
     def config(self) -> TrainConfig:
-        """The resolved configuration saved with the run."""
-        return build(TrainConfig, read_yaml(self.path / "config.yaml"))
+        """The resolved configuration saved with the run, or the task's."""
+        config = build(TrainConfig, read_yaml(self.path / "config.yaml"))
+        return task_configs(config)[self.task] if self.task else config
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of its tasks; () for a run without tasks."""
+        return tuple(task.name for task in self.config.tasks)
+
+    def of_task(self, task: str) -> Run:
+        """What belongs to one of its tasks. Raises `UsageError` for a name that it does not have."""
+        if not self.tasks:
+            raise UsageError(f"run '{self.name}' was trained without tasks, so it has no task '{task}'.")
+        if task not in self.tasks:
+            raise unknown(f"task of run '{self.name}':", task, self.tasks)
+        return Run(self.path, task)
+
+    def parts(self) -> list[Run]:
+        """The run itself, or what belongs to each of its tasks."""
+        return [Run(self.path, task) for task in self.tasks] or [self]
 
     @property
     def tuner(self) -> Path:
-        """The file of the trained tuner."""
-        return self.path / "tuner" / "tuner.safetensors"
+        """The file of the trained tuner. Raises `UsageError` for a run that has one for each of its tasks."""
+        if self.task is None and (self.path / "config.yaml").is_file() and self.tasks:
+            raise several(self.path, self.tasks)
+        return self.path / "tuner" / f"{self.task or 'tuner'}.safetensors"
 
     @property
     def samples(self) -> Path:
         """The folder of previews and held-out samples."""
-        return self.path / "samples"
+        return self.path / "samples" / (self.task or "")
 
     @property
     def metrics(self) -> Path:
@@ -98,7 +127,7 @@ class Run:
 
     def discard_if_untrained(self) -> None:
         """Removes the folder of a run that failed before its first row or state, so that nothing is left of it."""
-        if not self.metrics.exists() and not self.states() and not self.tuner.exists():
+        if not self.metrics.exists() and not self.states() and not any(part.tuner.exists() for part in self.parts()):
             shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
@@ -115,12 +144,21 @@ class Run:
             yield
 
 
+def several(path: Path, tasks: Iterable[str]) -> UsageError:
+    """The error where one tuner is wanted of a run that has several."""
+    return UsageError(f"{path} has a tuner for each of its tasks. Choose with --task: {', '.join(tasks)}.")
+
+
 def default_name(config: TrainConfig) -> str:
-    """A name that is the same for the same settings: method, conditions, base, data and a hash of all settings."""
+    """A name that is the same for the same settings: method, conditions, base, data and a hash of all settings.
+
+    The tasks stand for conditions and data where there are any.
+    """
     values = {k: v for k, v in config.model_dump(mode="json").items() if k not in free_keys(config)}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
-    words = [config.method, *config.conditions, Path(config.base).name, Path(config.data).resolve().name]
-    return "-".join([*words, digest])
+    tasks, data = [task.name for task in config.tasks], Path(config.data).resolve().name
+    words = [*tasks, Path(config.base).name] if tasks else [*config.conditions, Path(config.base).name, data]
+    return "-".join([config.method, *words, digest])
 
 
 def open_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:

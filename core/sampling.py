@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from .config import SampleConfig
 from .errors import SctoolError, UsageError, unknown
 from .files import write_json, write_text
 from .sheets import save_png, sheet
+from .sites.attaching import channel
 
 if TYPE_CHECKING:
     from .backbones.families.base import Rows
@@ -29,7 +31,8 @@ SHEET_ROWS = 16
 class Request:
     """One image to draw: prompt, seed, hints as uint8 (H, W, 3) by condition, and what it is compared to.
 
-    `maps` are the raw maps (H, W) behind hints that do not show all of them, such as class ids.
+    `maps` are the raw maps (H, W) behind hints that do not show all of them, such as class ids. `task` is whose tuner
+    draws it, where tuners are attached with tasks.
     """
 
     prompt: str
@@ -39,6 +42,7 @@ class Request:
     key: str = ""
     label: str | None = None
     maps: Mapping[str, np.ndarray] = field(default_factory=dict)
+    task: str | None = None
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -65,12 +69,13 @@ def sample_batch(
     seeds: Sequence[int],
     config: SampleConfig,
     hints: Mapping[str, torch.Tensor] | None = None,
+    tasks: Sequence[str | None] | None = None,
 ) -> torch.Tensor:
     """Draws one batch with whatever tuners are attached to the backbone; uint8 (B, 3, H, W).
 
     `rows` has a conditioning row per image, `null` that of the negative prompt (1 row). `hints` are float
-    (B, 3, H, W) in 0..1 by condition; they reach the tuners through the pipeline's open channel,
-    `cross_attention_kwargs`.
+    (B, 3, H, W) in 0..1 by condition, `tasks` the task of each image; they reach the tuners through the pipeline's
+    open channel, `cross_attention_kwargs`.
     """
     config = settled(config, backbone)
     pipe, side = backbone.pipe, (config.size or 0) // backbone.vae_scale
@@ -80,7 +85,7 @@ def sample_batch(
     try:
         latents = backbone.family.sample(
             pipe, _placed(noise, backbone), _placed(rows, backbone), _placed(null, backbone), config,
-            {"hint": {name: hint.to(backbone.device) for name, hint in hints.items()}} if hints else None,
+            channel({name: hint.to(backbone.device) for name, hint in (hints or {}).items()}, tasks),
         )  # fmt: skip
     finally:
         pipe.scheduler = base_scheduler
@@ -108,21 +113,56 @@ def sample_images(
     config: SampleConfig,
     progress: Callable[[int], None] = lambda done: None,
     encode: Callable[[list[str]], Rows] | None = None,
+    classes: Mapping[str | None, Sequence[str]] | None = None,
 ) -> Iterator[tuple[Request, np.ndarray]]:
     """Draws every request in batches; yields uint8 (H, W, 3) images in order.
 
-    Requests with the same set of hints share a batch. `encode` turns prompts into conditioning rows; the backbone's
-    own encoder when not given. Raises `UsageError` for a size that the base cannot draw, or a hint of another size.
+    Requests of a task share a batch if they have the same set of hints; so do those of different tasks, whose tuners
+    must then all be attached with tasks. `encode` turns prompts into conditioning rows; the backbone's own encoder when
+    not given, with the `classes` that each task's tuner adds. Raises `UsageError` for a size that the base cannot draw,
+    or a hint of another size.
     """
-    encode = encode or backbone.encode_prompts
     check_sizes(backbone, requests, config)
-    null = encode([config.negative])
+    tasks = {request.task for request in requests}
+    alone = tasks.pop() if len(tasks) == 1 else None
+    null = encode([config.negative]) if encode else encoded(backbone, [(config.negative, alone)], classes)
     for batch in batched(requests, config.batch):
-        hints = {name: hint_tensor([r.hints[name] for r in batch], backbone.device) for name in sorted(batch[0].hints)}
-        rows = encode([request.prompt for request in batch])
-        images = sample_batch(backbone, rows, null, [request.seed for request in batch], config, hints or None)
+        prompts = [request.prompt for request in batch]
+        texts = [(request.prompt, request.task) for request in batch]
+        rows = encode(prompts) if encode else encoded(backbone, texts, classes)
+        named = [request.task for request in batch]
+        images = sample_batch(
+            backbone, rows, null, [request.seed for request in batch], config, batch_hints(batch),
+            named if any(named) else None,
+        )  # fmt: skip
         yield from zip(batch, images.permute(0, 2, 3, 1).numpy(), strict=True)
         progress(len(batch))
+
+
+def encoded(
+    backbone: Backbone,
+    prompts: Sequence[tuple[str, str | None]],
+    classes: Mapping[str | None, Sequence[str]] | None = None,
+) -> Rows:
+    """Conditioning rows of (prompt, task) pairs; `classes` are those that each task's tuner adds to the base's.
+
+    Raises the family's `UsageError` for a class that is not there.
+    """
+    added = classes or {}
+    parts = [
+        backbone.with_classes(own).encode_prompts([prompt for prompt, _ in group])
+        for own, group in groupby(prompts, lambda pair: tuple(added.get(pair[1], backbone.classes)))
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def batch_hints(batch: Sequence[Request]) -> dict[str, torch.Tensor] | None:
+    """The hints (B, 3, H, W) in 0..1 by condition; black for requests of tasks without the condition."""
+    shapes = {name: hint.shape for request in batch for name, hint in request.hints.items()}
+    return {
+        name: hint_tensor([request.hints.get(name, np.zeros(shapes[name], np.uint8)) for request in batch])
+        for name in sorted(shapes)
+    } or None
 
 
 def check_sizes(backbone: Backbone, requests: Sequence[Request], config: SampleConfig) -> None:
@@ -136,13 +176,16 @@ def check_sizes(backbone: Backbone, requests: Sequence[Request], config: SampleC
 
 
 def batched(requests: Sequence[Request], most: int) -> Iterator[list[Request]]:
-    """Requests in order, in batches of at most `most` that have the same set of hints."""
+    """Requests in order, in batches of at most `most` in which those of a task have the same set of hints."""
     batch: list[Request] = []
+    names: dict[str | None, set[str]] = {}
     for request in requests:
-        if batch and (len(batch) == most or set(request.hints) != set(batch[0].hints)):
+        own = set(request.hints)
+        if batch and (len(batch) == most or names.get(request.task, own) != own):
             yield batch
-            batch = []
+            batch, names = [], {}
         batch.append(request)
+        names[request.task] = own
     if batch:
         yield batch
 
@@ -152,27 +195,33 @@ def write_samples(
 ) -> list[Path]:
     """Writes images, hints and references with all that is needed to make them again; returns the images' paths.
 
-    FOLDER/000000.png ..., metadata.jsonl (file_name, prompt, seed, key, label, reference, hints, and maps where there
-    are any), sampling.json (protocol) and sheet.png. Each PNG also carries its own row and the protocol. metadata.jsonl
-    is written last: a folder that has one is complete. Raises `SctoolError` when there is nothing to draw.
+    FOLDER/000000.png ..., metadata.jsonl (file_name, prompt, seed, key, label, reference, hints, and maps and task
+    where there are any), sampling.json (protocol) and sheet.png. Each PNG also carries its own row and the protocol.
+    metadata.jsonl is written last: a folder that has one is complete. Raises `SctoolError` when there is nothing to
+    draw.
     """
     folder = Path(folder)
     remove_samples(folder)
-    rows, cells = [], []
+    rows, shown = [], []
     for index, (request, image) in enumerate(images):
-        row = _write_sample(folder, f"{index:06d}.png", request, image, protocol)
-        rows.append(row)
-        if len(cells) < SHEET_ROWS:
-            cells.append(([*request.hints.values(), image], f"{request.prompt[:60]}  seed {request.seed}"))
+        rows.append(_write_sample(folder, f"{index:06d}.png", request, image, protocol))
+        if len(shown) < SHEET_ROWS:
+            shown.append((request, image))
     if not rows:
         raise SctoolError(f"nothing was drawn into {folder}: there was no prompt.")
-    columns = len(cells[0][0])
-    uniform = [(row, caption) for row, caption in cells if len(row) == columns]
-    headings = [*rows[0]["hints"], "sample"]
-    save_png(sheet([row for row, _ in uniform], headings, [text for _, text in uniform]), folder / "sheet.png")
+    save_png(contact_sheet(shown), folder / "sheet.png")
     write_json(folder / "sampling.json", protocol)
     write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return [folder / row["file_name"] for row in rows]
+
+
+def contact_sheet(shown: Sequence[tuple[Request, np.ndarray]]) -> Image.Image:
+    """A row for each image, with its hints on the left; white where it has none of a condition."""
+    names = list(dict.fromkeys(name for request, _ in shown for name in request.hints))
+    blank = np.full_like(shown[0][1], 255)
+    rows = [[*(request.hints.get(name, blank) for name in names), image] for request, image in shown]
+    captions = ["  ".join([r.prompt[:60], f"seed {r.seed}", *([r.task] if r.task else [])]) for r, _ in shown]
+    return sheet(rows, [*names, "sample"], captions)
 
 
 def remove_samples(folder: Path) -> None:
@@ -199,6 +248,7 @@ def _write_sample(
     """Writes one image and what belongs to it; returns its row of metadata."""
     row: dict[str, Any] = {"file_name": name, "prompt": request.prompt, "seed": request.seed}
     row |= {"key": request.key or name[:-4], "label": request.label, "reference": None, "hints": {}}
+    row |= {"task": request.task} if request.task else {}
     for condition, hint in request.hints.items():
         row["hints"][condition] = f"{condition}/{name}"
         save_png(Image.fromarray(hint), folder / condition / name)

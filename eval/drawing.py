@@ -47,11 +47,11 @@ def why_draw(target: Target, options: Options) -> str | None:
     run, folders = target.run, target.folders
     assert run is not None
     if len(folders) < 2:
-        return f"{run.name} has no held-out samples"
+        return f"{run.title} has no held-out samples"
     if (run.samples / "tuned" / "metadata.jsonl").stat().st_mtime < run.tuner.stat().st_mtime:
         return "the tuner is newer than its samples"
     if options.count is not None and smallest(target) < min(options.count, held_out(run) or options.count):
-        return f"{run.name} has fewer than {options.count} held-out samples"
+        return f"{run.title} has fewer than {options.count} held-out samples"
     if options.seed is not None and any(folder.rows[0].get("seed") != options.seed for folder in folders):
         return f"the samples were drawn with seeds that do not start at {options.seed}"
     requested = _requested_sampling(run, options)

@@ -33,7 +33,8 @@ def evaluate(target: str | Path | None = None, options: Options | None = None, *
     options = options or Options()
     check_options(options)
     progress = Progress(options.quiet)
-    samples = with_samples(find_target(target, runs, bare=not options.needs_metadata), options, progress)
+    found = find_target(target, runs, bare=not options.needs_metadata, task=options.task)
+    samples = with_samples(found, options, progress)
     return _Evaluation(samples, options, progress).run()
 
 

@@ -58,6 +58,8 @@ def sample_heldout(
 ) -> list[Path]:
     """Draws held-out captions with their hints into run/samples/<which>, or `out`/<which>; returns the folders.
 
+    Of a run of several tasks, `run` is the part of one: run.of_task(NAME), with its samples in run/samples/NAME.
+
     "base" draws with the untouched base (its hints are saved beside it for comparison), "tuned" with the trained tuner;
     image i has seed + i in both. With `repeat`, captions are drawn again with further seeds where there are fewer than
     `count`. Beside the folders, sheet.png shows some images side by side, and heldout.json records
@@ -72,7 +74,7 @@ def sample_heldout(
     config = run.config
     _data_there(run)
     backbone = load_backbone(config.base, device=best_device(), offline=offline)
-    backbone.classes = tuple(read_meta(run.path).get("classes", ()))
+    backbone.classes = tuple(read_meta(run.tuner).get("classes", ()))
     sampling = sampling or SampleConfig(guidance=config.guidance)
     size = sampling.size or config.size or backbone.resolution
     sampling = sampling.model_copy(update={"size": size})
@@ -82,8 +84,9 @@ def sample_heldout(
     folders, parent = [], out or run.samples
     (parent / COUNTS).unlink(missing_ok=True)
     for kind in which:
-        tuners = [] if kind == "base" else [load_tuner(run.path, backbone)]
-        used = [{"method": tuner.method, "run": run.name, "scale": scale} for tuner in tuners]
+        tuners = [] if kind == "base" else [load_tuner(run.tuner, backbone)]
+        task = {"task": run.task} if run.task else {}
+        used = [{"method": tuner.method, "run": run.name, **task, "scale": scale} for tuner in tuners]
         drawn = requests if tuners else [Request(request.prompt, request.seed) for request in requests]
         with (
             progress.counting(len(requests), f"sampling {kind}") as advance,
@@ -94,7 +97,7 @@ def sample_heldout(
             write_samples(parent / kind, zip(requests, images, strict=True), protocol)
         folders.append(parent / kind)
     write_json(parent / COUNTS, {"asked": count, "drawn": len(requests)})
-    title = f"{run.name}, continued from {config.init}" if config.init else run.name
+    title = f"{run.title}, continued from {config.init}" if config.init else run.title
     side_by_side(folders, requests, SHOWN, title)
     return folders
 

@@ -37,6 +37,8 @@ class Options:
     steps: int | None = None
     guidance: float | None = None
     seed: int | None = None
+    task: str | None = None
+    """Which task of a run of several is evaluated."""
     quiet: bool = False
 
     def wants(self, metric: str) -> bool:

@@ -15,7 +15,7 @@ from ..core.data.images import BadImage, decode_rgb
 from ..core.data.paths import is_picture
 from ..core.errors import UsageError
 from ..core.files import sha256
-from ..core.runs import Run, find_run
+from ..core.runs import Run, find_run, several
 from .metadata import read_rows, read_sampling
 from .metrics import SET_METRICS, flag_list
 
@@ -65,28 +65,41 @@ class Target:
 # --------------------------------------------------------------------------------------------- finding the target
 
 
-def find_target(target: str | Path | None, runs: str | Path = "runs", *, bare: bool = False) -> Target:
+def find_target(
+    target: str | Path | None, runs: str | Path = "runs", *, bare: bool = False, task: str | None = None
+) -> Target:
     """A samples folder, a folder of several (base, tuned), a run by folder or name, or the latest run for None.
 
-    bare: accept images without metadata.jsonl. A run without samples has no folders yet.
+    bare: accept images without metadata.jsonl. task: one of the run's tasks. A run without samples has no folders yet.
     Raises `UsageError` for a name that is both a folder here and a run, and for what is missing, with the remedy.
     """
     path = None if target is None else Path(target).expanduser()
     if path is None or not path.is_dir() or _is_run(path):
         _refuse_ambiguous(target, runs, path if path and path.is_dir() else None)
-        return run_target(find_run(path, runs))
+        return run_target(of_task(find_run(path, runs), task))
     named = run_of_name(target, runs)
     folders = [read_folder(path)] if (path / "metadata.jsonl").is_file() else _sample_folders(path)
     if folders or (bare and image_names(path)):
         _refuse_ambiguous(target, runs, path)
     elif named and _is_run(named):
-        return run_target(Run(named))
+        return run_target(of_task(Run(named), task))
+    if task is not None:
+        raise UsageError(f"--task {task}: {path} is a folder of samples; a task belongs to a run.")
     return Target(str(target), path, None, folders or [_bare_folder(path, bare)])
 
 
+def of_task(run: Run, task: str | None) -> Run:
+    """The run, or what belongs to a task. Raises `UsageError` for a run of several tasks where none is named."""
+    if task is not None:
+        return run.of_task(task)
+    if run.tasks:
+        raise several(run.path, run.tasks)
+    return run
+
+
 def run_target(run: Run) -> Target:
-    """A run with the held-out samples that it has."""
-    return Target(run.name, run.path, run, _sample_folders(run.samples))
+    """A run, or a task of one, with the held-out samples that it has."""
+    return Target(run.title, run.samples if run.task else run.path, run, _sample_folders(run.samples))
 
 
 def run_of_name(target: str | Path | None, runs: str | Path) -> Path | None:

@@ -5,7 +5,8 @@ Loaded from any diffusers-format folder, a hub id, or an embedded base. Everythi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,10 @@ class Backbone:
     pipe: DiffusionPipeline = field(repr=False)
     classes: tuple[str, ...] = ()
     """Labels that a tuner adds to those of a class-conditional base."""
+
+    def with_classes(self, classes: Iterable[str]) -> Backbone:
+        """The same base with other added classes; both share all weights."""
+        return replace(self, classes=tuple(classes))
 
     @property
     def denoiser(self) -> nn.Module:

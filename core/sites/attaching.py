@@ -30,8 +30,9 @@ class Attachable(Protocol):
     conditions: tuple[str, ...]
 
     def attach(
-        self, denoiser: nn.Module, *, scale: float, weights: Mapping[str, float] | None, normalize: bool | None
-    ) -> Removable:
+        self, denoiser: nn.Module, *, scale: float, weights: Mapping[str, float] | None, normalize: bool | None,
+        task: str | None,
+    ) -> Removable:  # fmt: skip
         """Makes the denoiser use the tuner until the value returned is removed."""
         ...
 
@@ -72,24 +73,30 @@ def attach(
     scales: Scales | None = None,
     weights: Mapping[str, float] | None = None,
     normalize: bool | None = None,
+    tasks: Sequence[str | None] | None = None,
 ) -> Attachment:
     """Attaches tuners to a denoiser (or a backbone's): all of them or, when one does not fit, none.
 
     `scales` is one strength, or one per tuner, of any size and sign; 0 leaves a tuner out. `weights` and `normalize`
-    override the tuners' own condition weights (alpha). Raises `SctoolError` or `UsageError` for a tuner that cannot be.
+    override the tuners' own condition weights (alpha). `tasks` names a task per tuner: where a call of the denoiser
+    says whose task each sample is (see `wiring`), such a tuner acts on its samples alone; those of None act on all.
+    Raises `SctoolError` or `UsageError` for a tuner that cannot be.
     """
     denoiser = getattr(target, "denoiser", target)
     scales = 1.0 if scales is None else scales
     strengths = [scales] * len(tuners) if isinstance(scales, int | float) else scales
     if len(strengths) != len(tuners):
         raise UsageError(f"{len(strengths)} scales for {len(tuners)} tuners; pass one, or one per tuner.")
+    names = [None] * len(tuners) if tasks is None else tasks
+    if len(names) != len(tuners):
+        raise UsageError(f"{len(names)} tasks for {len(tuners)} tuners; pass one, or None, per tuner.")
     known = {name for tuner in tuners for name in tuner.conditions}
     for name in weights or ():
         if name not in known:
             raise unknown("condition", name, known)
     return all_or_none(
-        partial(tuner.attach, denoiser, scale=float(scale), weights=weights, normalize=normalize)
-        for tuner, scale in zip(tuners, strengths, strict=True)
+        partial(tuner.attach, denoiser, scale=float(scale), weights=weights, normalize=normalize, task=task)
+        for tuner, scale, task in zip(tuners, strengths, names, strict=True)
     )
 
 
@@ -100,9 +107,10 @@ def tuned(
     scales: Scales | None = None,
     weights: Mapping[str, float] | None = None,
     normalize: bool | None = None,
+    tasks: Sequence[str | None] | None = None,
 ) -> Iterator[nn.Module]:
     """The tuned denoiser inside, the base bit for bit outside. Arguments as `attach`."""
-    attachment = attach(target, *tuners, scales=scales, weights=weights, normalize=normalize)
+    attachment = attach(target, *tuners, scales=scales, weights=weights, normalize=normalize, tasks=tasks)
     try:
         yield getattr(target, "denoiser", target)
     finally:
@@ -144,13 +152,19 @@ class TunedBackbone(nn.Module):
         rows: Mapping[str, Tensor],
         hints: Mapping[str, Tensor] | None = None,
         kept: Tensor | None = None,
+        tasks: Sequence[str | None] | None = None,
     ) -> Tensor:
         """The denoiser's output (B, C or 2C, h, w) for noisy `latents` (B, C, h, w) at timesteps `t` (B,).
 
         `rows` is the family's conditioning, `hints` condition maps (B, 3, H, W) in 0..1 by condition. A learned
         variance is the second half of the channels. `kept` (B, K) are the tokens to compute, all when not given; the
-        output is 0 elsewhere.
+        output is 0 elsewhere. `tasks` is the task of each sample, for tuners attached with one.
         """
         if self.tokens:
             self.tokens.kept = kept
-        return self.family.output(self.denoiser, latents, t, rows, {"hint": hints} if hints else None)
+        return self.family.output(self.denoiser, latents, t, rows, channel(hints, tasks))
+
+
+def channel(hints: Mapping[str, Tensor] | None, tasks: Sequence[str | None] | None = None) -> dict[str, Any] | None:
+    """What goes through a denoiser's open channel to the tuners; None where there is nothing to say."""
+    return {**({"hint": hints} if hints else {}), **({"task": list(tasks)} if tasks else {})} or None

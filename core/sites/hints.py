@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .routing import EVERY, Samples
 
 
 def tensor_version(tensor: Tensor) -> tuple[int, int]:
@@ -15,8 +16,11 @@ def tensor_version(tensor: Tensor) -> tuple[int, int]:
     return id(tensor), -1 if tensor.is_inference() else tensor._version
 
 
-def checked(name: str, hint: Tensor, latents: Tensor, vae_scale: int) -> Tensor:
-    """The hint (B, 3, H, W) in the latents' dtype; uint8 becomes 0..1. Raises `UsageError` if it does not fit."""
+def checked(name: str, hint: Tensor, latents: Tensor, vae_scale: int, samples: Samples = EVERY) -> Tensor:
+    """The hint (B, 3, H, W) of `samples` in the latents' dtype; uint8 becomes 0..1.
+
+    Raises `UsageError` if the hint does not fit the latents (B, C, h, w) of the whole batch.
+    """
     if hint.dim() != 4 or hint.shape[1] != 3:
         raise UsageError(f"hint '{name}' has shape {tuple(hint.shape)}; a hint is an RGB batch (B, 3, H, W).")
     height, width = (side * vae_scale for side in latents.shape[-2:])
@@ -25,7 +29,7 @@ def checked(name: str, hint: Tensor, latents: Tensor, vae_scale: int) -> Tensor:
         raise UsageError(f"hint '{name}' is {size} pixels but the image is {width}x{height}; resize the hint to it.")
     check_batch(name, hint, latents)
     scale = 255 if hint.dtype == torch.uint8 else 1
-    return hint.to(latents.device, latents.dtype) / scale
+    return samples.of_maps(hint).to(latents.device, latents.dtype) / scale
 
 
 def check_batch(name: str, hint: Tensor, latents: Tensor) -> None:

@@ -68,7 +68,8 @@ class _RowsHook:
     """The ids of the call under way."""
 
     def clamp(self, table: nn.Module, args: tuple) -> tuple[Any, ...]:
-        """Ids (B,) within the table."""
+        """Ids (B,) within the table. A sample's ids beyond it are one tuner's."""
+        self.rows.refuse_overlap()
         self.ids = args[0]
         return (args[0].clamp(max=self.rows.site.rows - 1), *args[1:])
 

@@ -24,6 +24,10 @@ class SiteEdit(Protocol):
         """The edited value of the site; `given` is what the site's `module` was called with."""
         ...
 
+    def refuse_overlap(self) -> None:
+        """Raises `UsageError` where several tuners act on one sample, for sites that allow only one."""
+        ...
+
 
 class Site(Protocol):
     """A place in a denoiser whose value can be edited. Frozen dataclasses: equal sites are one place."""

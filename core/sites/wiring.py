@@ -8,14 +8,17 @@ tuners attached together see the same unedited value x of a site:
                                           or sum_m alpha_m (T_m(x + c_m) + c_m)                       (eq. 7)
 
 alpha is normalised to a sum of 1 over all conditions that have a hint, unless told otherwise; the scale s never is.
+A call may also say whose task each sample is, `{"task": ["flowers", None, ...]}`: a tuner that was attached with a task
+then acts on its samples alone, and alpha is normalised task by task. Without "task" every tuner acts on all samples.
 Attach before compiling: torch ignores hooks that are added to an already compiled module.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import SctoolError, UsageError, unknown
 from .hints import check_batch, checked, repeated, tensor_version
+from .routing import EVERY, Samples, check_tasks, samples_of
 from .site import Acting, Call, Features, Inputs, Site
 
 if TYPE_CHECKING:
@@ -31,20 +35,34 @@ if TYPE_CHECKING:
 LATENTS = ("sample", "hidden_states")
 """What denoisers call their first argument."""
 CHANNELS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
-"""What denoisers call the argument that pipelines pass through untouched; it carries the hint."""
+"""What denoisers call the argument that pipelines pass through untouched; it carries hints and tasks."""
+OURS = ("hint", "task")
+"""What is taken out of it."""
 
 
 @dataclass(eq=False)
 class Attached:
-    """A tuner on a wiring: its scale, its conditions' weights, and whether it asks for normalised weights."""
+    """A tuner on a wiring: its scale, its conditions' weights, whether it asks for normalised weights, and its task."""
 
     wiring: Wiring
     tuner: Acting
     scale: float
     weights: Mapping[str, float]
     normalize: bool
+    task: str | None = None
     call: Call = field(default_factory=Call)
     """What the tuner knows of the denoiser's call under way."""
+    samples: Samples = EVERY
+    """Those that it acts on in that call."""
+
+    def seen(self, given: Tensor | None, module: nn.Module | None) -> Call:
+        """The call as the tuner sees it at a site whose `module` was called with `given`."""
+        return replace(self.call, given=None if given is None else self.samples.of(given), module=module)
+
+    def delta(self, site: Site, x: Tensor, given: Tensor | None, module: nn.Module | None) -> Tensor | None:
+        """What it adds to its samples of the unedited x (B, ...) of a site; None for nothing."""
+        delta = self.tuner.delta(site, self.samples.of(x), self.seen(given, module))
+        return None if delta is None else (delta if self.scale == 1 else self.scale * delta).to(x.dtype)
 
     def remove(self) -> None:
         """Takes the tuner off; the last one to leave removes the hooks."""
@@ -52,7 +70,7 @@ class Attached:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one call: tensors inside a graph cannot be copied."""
-        return {**self.__dict__, "call": Call()}
+        return {**self.__dict__, "call": Call(), "samples": EVERY}
 
 
 class Edit:
@@ -63,24 +81,40 @@ class Edit:
         self.acting: list[Attached] = []
 
     def edited(self, x: Tensor, given: Tensor | None = None, module: nn.Module | None = None) -> Tensor:
-        """x plus every acting tuner's delta of the unedited x; x itself where none has anything to add."""
-        acting = [(one, replace(one.call, given=given, module=module)) for one in self.acting if one.scale != 0]
-        out = self._by_the_only_one(x, acting)
+        """x plus every acting tuner's delta of the unedited x, at its samples; x itself where none adds anything."""
+        active = self.active()
+        out = self._by_the_only_one(x, active, given, module)
         if out is not None:
             return out
         out = x
-        for one, call in acting:
-            delta = one.tuner.delta(self.site, x, call)
+        for one in active:
+            delta = one.delta(self.site, x, given, module)
             if delta is not None:
-                out = out + (delta if one.scale == 1 else one.scale * delta).to(x.dtype)
+                out = one.samples.added(out, delta, x)
         return out
 
-    def _by_the_only_one(self, x: Tensor, acting: list[tuple[Attached, Call]]) -> Tensor | None:
+    def _by_the_only_one(
+        self, x: Tensor, active: Sequence[Attached], given: Tensor | None, module: nn.Module | None
+    ) -> Tensor | None:
         """The edited value as the only tuner here makes it, to save memory in training; None: add the deltas."""
-        if len(acting) != 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if len(active) != 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        [(one, call)] = acting
-        return one.tuner.edited(self.site, x, call) if one.scale == 1 else None
+        [one] = active
+        whole = one.scale == 1 and one.samples.rows is None
+        return one.tuner.edited(self.site, x, one.seen(given, module)) if whole else None
+
+    def active(self) -> list[Attached]:
+        """The tuners that act in the call under way."""
+        return [one for one in self.acting if one.scale != 0 and one.samples.count]
+
+    def refuse_overlap(self) -> None:
+        """Raises `UsageError` where two tuners act on the same sample: ids of new classes would mean those of both."""
+        for one, other in combinations(self.active(), 2):
+            if one.samples.overlap(other.samples):
+                raise UsageError(
+                    f"two tuners add classes to {self.site}, so that an id could mean either's. Attach them with "
+                    "tasks=[...] and pass the task of each sample."
+                )
 
 
 class Wiring:
@@ -93,7 +127,7 @@ class Wiring:
         self.edits: dict[Site, Edit] = {}
         self.encodings = 0
         self._cached: tuple[Any, Any, list[Features]] | None = None
-        self._handles: list[RemovableHandle] = [denoiser.register_forward_pre_hook(self.take_hint, with_kwargs=True)]
+        self._handles: list[RemovableHandle] = [denoiser.register_forward_pre_hook(self.begin, with_kwargs=True)]
 
     @classmethod
     def of(cls, denoiser: nn.Module) -> Wiring | None:
@@ -103,8 +137,9 @@ class Wiring:
 
     @classmethod
     def add(
-        cls, denoiser: nn.Module, tuner: Acting, scale: float, weights: Mapping[str, float], normalize: bool
-    ) -> Attached:
+        cls, denoiser: nn.Module, tuner: Acting, scale: float, weights: Mapping[str, float], normalize: bool,
+        task: str | None = None,
+    ) -> Attached:  # fmt: skip
         """Attaches `tuner` to the denoiser's wiring, which is made if need be.
 
         Raises `SctoolError` if it is attached already, or if one of its sites cannot be hooked.
@@ -112,7 +147,7 @@ class Wiring:
         wiring = cls.of(denoiser) or cls(denoiser)
         if any(one.tuner is tuner for one in wiring.attached):
             raise SctoolError(f"this {tuner.method} tuner is already attached to the denoiser; it would act twice.")
-        attached = Attached(wiring, tuner, scale, weights, normalize)
+        attached = Attached(wiring, tuner, scale, weights, normalize, task)
         wiring.attached.append(attached)
         try:
             wiring._hook(denoiser, attached)
@@ -153,32 +188,43 @@ class Wiring:
         """Without what belongs to one call."""
         return {**self.__dict__, "_cached": None}
 
-    # ------------------------------------------------------------------------------------------------- the hints
+    # ------------------------------------------------------------------------------------- the denoiser's calls
 
-    def take_hint(
-        self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
-        """Pre-hook of the denoiser: takes `hint` out of its open channel and encodes it for this call."""
+    def begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Pre-hook of the denoiser: takes `hint` and `task` out of its open channel and prepares this call."""
         for one in self.attached:
-            one.call = Call()
+            one.call, one.samples = Call(), EVERY
         arguments = dict(zip(self.denoiser_arguments, args, strict=False)) | kwargs
         channel = kwargs.get(self.channel) or {}
+        tasks = self._route(channel["task"], _latents(arguments)) if channel.get("task") is not None else ()
         hints = self._named(channel["hint"]) if "hint" in channel else {}
         if hints or any(one.tuner.reads_inputs for one in self.attached):
-            latents = next(arguments[name] for name in LATENTS if name in arguments)
-            features = self._encode(hints, self._inputs(latents, arguments))
-            for one, own, alphas in zip(self.attached, features, self._alphas(features), strict=True):
-                one.call = Call(repeated(own, len(latents)), alphas)
-        if "hint" not in channel:
+            inputs = self._inputs(_latents(arguments), arguments)
+            features = self._encode(hints, inputs, tasks)
+            alphas = self._alphas(features, bool(tasks))
+            for one, own, weights in zip(self.attached, features, alphas, strict=True):
+                one.call = Call(repeated(own, _count(one.samples, inputs.latents)), weights)
+        if not channel.keys() & set(OURS):
             return None
-        rest = {name: value for name, value in channel.items() if name != "hint"}
+        rest = {name: value for name, value in channel.items() if name not in OURS}
         return args, {**kwargs, self.channel: rest or None}
+
+    def _route(self, tasks: Any, latents: Tensor) -> tuple[str | None, ...]:
+        """Gives every tuner with a task its samples; returns the checked names."""
+        known = {one.task for one in self.attached if one.task is not None}
+        names = check_tasks(tasks, known, len(latents))
+        shares = {task: samples_of(task, names, len(latents), latents.device) for task in sorted(known)}
+        for one in self.attached:
+            one.samples = EVERY if one.task is None else shares[one.task]
+        return names
 
     def _inputs(self, latents: Tensor, arguments: Mapping[str, Any]) -> Inputs:
         """The denoiser's arguments as a tuner reads them."""
         known = (*LATENTS, "timestep", self.channel, "return_dict")
         rest = {name: value for name, value in arguments.items() if name not in known and value is not None}
         return Inputs(latents, arguments.get("timestep"), rest)
+
+    # ------------------------------------------------------------------------------------------------- the hints
 
     def _named(self, hint: Tensor | Mapping[str, Tensor | None] | None) -> dict[str, Tensor]:
         """The hints by condition. A bare tensor goes to the only condition. Raises `UsageError` for unknown names."""
@@ -194,22 +240,32 @@ class Wiring:
                 raise unknown("hint", name, known or ("none, the tuner was trained without --cond",))
         return {name: value for name, value in hint.items() if value is not None}
 
-    def _encode(self, hints: dict[str, Tensor], inputs: Inputs) -> list[Features]:
+    def _encode(self, hints: dict[str, Tensor], inputs: Inputs, tasks: tuple[str | None, ...]) -> list[Features]:
         """Every tuner's features for this call: of the hints alone, cached where they may be, or of the inputs too."""
         cached = [not one.tuner.reads_inputs for one in self.attached]
-        of_hints = iter(self._encode_hints(hints, inputs.latents) if hints and any(cached) else [{}] * sum(cached))
-        features: list[Features] = []
-        for one, from_hints in zip(self.attached, cached, strict=True):
-            if from_hints:
-                features.append(next(of_hints))
-            else:
-                own = repeated(self._fitting(one.tuner, hints, inputs.latents), len(inputs.latents))
-                features.append(one.tuner.encode(own, inputs))
-        return features
+        from_hints = hints and any(cached)
+        of_hints = iter(self._encode_hints(hints, inputs.latents, tasks) if from_hints else [{}] * sum(cached))
+        return [
+            next(of_hints) if of_hint else self._encode_inputs(one, hints, inputs)
+            for one, of_hint in zip(self.attached, cached, strict=True)
+        ]
 
-    def _encode_hints(self, hints: dict[str, Tensor], latents: Tensor) -> list[Features]:
+    def _encode_inputs(self, one: Attached, hints: dict[str, Tensor], inputs: Inputs) -> Features:
+        """Features of a tuner that reads the inputs: it is given those of its samples."""
+        samples, latents = one.samples, inputs.latents
+        if not samples.count:
+            return {}
+        own = repeated(self._fitting(one, hints, latents), _count(samples, latents))
+        if samples.rows is not None:
+            rest = samples.of_inputs(dict(inputs.conditioning))
+            inputs = Inputs(samples.of(latents), samples.of_inputs(inputs.timestep), rest)
+        return one.tuner.encode(own, inputs)
+
+    def _encode_hints(self, hints: dict[str, Tensor], latents: Tensor, tasks: tuple[str | None, ...]) -> list[Features]:
         """Features of the tuners that read hints alone: with gradients at every call, without them once per hint."""
-        return self._encode_now(hints, latents) if torch.is_grad_enabled() else self._encode_once(hints, latents)
+        if torch.is_grad_enabled():
+            return self._encode_now(hints, latents)
+        return self._encode_once(hints, latents, tasks)
 
     def _encode_now(self, hints: dict[str, Tensor], latents: Tensor) -> list[Features]:
         if not torch.compiler.is_compiling():
@@ -218,19 +274,19 @@ class Wiring:
         features: list[Features] = []
         for one in self.attached:
             if not one.tuner.reads_inputs:
-                own = self._fitting(one.tuner, hints, latents)
+                own = self._fitting(one, hints, latents)
                 features.append(one.tuner.encode(own) if own else {})
         return features
 
     @torch.compiler.disable
-    def _encode_once(self, hints: dict[str, Tensor], latents: Tensor) -> list[Features]:
-        """The same, reused while the very same hint tensors come and no weight has changed.
+    def _encode_once(self, hints: dict[str, Tensor], latents: Tensor, tasks: tuple[str | None, ...]) -> list[Features]:
+        """The same, reused while the very same hint tensors and tasks come and no weight has changed.
 
         Changes made in place through `.data`, or to a hint made in inference mode, are not noticed: pass a new tensor.
         """
         weights = [tensor_version(weight) for one in self.attached for weight in one.tuner.parameters()]
         kind = (latents.shape[-2:], latents.dtype, latents.device, torch.is_autocast_enabled(latents.device.type))
-        key = (kind, [(name, *tensor_version(hint)) for name, hint in hints.items()], weights)
+        key = (kind, tasks, [(name, *tensor_version(hint)) for name, hint in hints.items()], weights)
         if self._cached is None or self._cached[0] != key:
             features = self._encode_now(hints, latents)
             self._cached = (key, hints, features)  # holding the hints keeps their ids from being given to others
@@ -240,20 +296,46 @@ class Wiring:
         return self._cached[2]
 
     @staticmethod
-    def _fitting(tuner: Acting, hints: Mapping[str, Tensor], latents: Tensor) -> dict[str, Tensor]:
-        """The tuner's own hints in the latents' dtype. Raises `UsageError` for one that does not fit."""
-        own = {name: hints[name] for name in tuner.conditions if name in hints}
-        return {name: checked(name, hint, latents, tuner.vae_scale) for name, hint in own.items()}
+    def _fitting(one: Attached, hints: Mapping[str, Tensor], latents: Tensor) -> dict[str, Tensor]:
+        """A tuner's hints for its samples, in the latents' dtype. Raises `UsageError` for one that does not fit."""
+        tuner, samples = one.tuner, one.samples
+        names = [name for name in tuner.conditions if name in hints] if samples.count else []
+        return {name: checked(name, hints[name], latents, tuner.vae_scale, samples) for name in names}
 
-    def _alphas(self, features: Sequence[Features]) -> list[dict[str, float]]:
+    def _alphas(self, features: Sequence[Features], by_task: bool) -> list[dict[str, float]]:
         """alpha of every condition that has features now, summing to 1 unless a tuner was told otherwise (eq. 7)."""
         alphas = [
             {name: float(one.weights.get(name, 1.0)) for name in own if name in one.tuner.conditions}
             for one, own in zip(self.attached, features, strict=True)
         ]
-        if not any(alphas) or not all(one.normalize for one in self.attached if one.tuner.conditions):
-            return alphas
-        total = sum(weight for own in alphas for weight in own.values())
-        if abs(total) < 1e-6:
-            raise UsageError("the condition weights sum to 0; change them, or set normalize=false.")
-        return [{name: weight / total for name, weight in own.items()} for own in alphas]
+        for group in self._together(by_task):
+            if all(self.attached[i].normalize for i in group if self.attached[i].tuner.conditions):
+                _normalize([alphas[i] for i in group])
+        return alphas
+
+    def _together(self, by_task: bool) -> Iterator[list[int]]:
+        """The tuners, by their place, whose conditions share a sum of 1: those of a task, or all."""
+        tasks = [one.task if by_task else None for one in self.attached]
+        for task in dict.fromkeys(tasks):
+            yield [i for i, own in enumerate(tasks) if own == task]
+
+
+def _latents(arguments: Mapping[str, Any]) -> Tensor:
+    """The denoiser's first argument."""
+    return next(arguments[name] for name in LATENTS if name in arguments)
+
+
+def _count(samples: Samples, latents: Tensor) -> int:
+    """How many samples a tuner acts on."""
+    return len(latents) if samples.rows is None else samples.count
+
+
+def _normalize(alphas: Sequence[dict[str, float]]) -> None:
+    """Scales the weights of several tuners to a sum of 1. Raises `UsageError` where they sum to 0."""
+    if not any(alphas):
+        return
+    total = sum(weight for own in alphas for weight in own.values())
+    if abs(total) < 1e-6:
+        raise UsageError("the condition weights sum to 0; change them, or set normalize=false.")
+    for own in alphas:
+        own.update({name: weight / total for name, weight in own.items()})

@@ -118,6 +118,46 @@ def validation_draw(
     return Draw(noise[0], noise[1], t, never, dict.fromkeys(config.conditions, never))
 
 
+def joined(batches: Sequence[dict[str, Any]], tasks: Sequence[str | None]) -> dict[str, Any]:
+    """The batches of several tasks as one, whose `task` names each sample's; hints that a task has not are black."""
+    if list(tasks) == [None]:
+        return batches[0]
+    counts = [len(batch["mean"]) for batch in batches]
+    shapes = {name: hint.shape[1:] for batch in batches for name, hint in batch["hints"].items()}
+    hints = {
+        name: torch.cat(
+            [
+                batch["hints"].get(name, torch.zeros((count, *shape), dtype=torch.uint8))
+                for batch, count in zip(batches, counts, strict=True)
+            ]
+        )
+        for name, shape in shapes.items()
+    }
+    return {
+        "mean": torch.cat([batch["mean"] for batch in batches]),
+        "std": torch.cat([batch["std"] for batch in batches]),
+        "text": {key: torch.cat([batch["text"][key] for batch in batches]) for key in batches[0]["text"]},
+        "hints": hints,
+        "task": [task for task, count in zip(tasks, counts, strict=True) for _ in range(count)],
+    }
+
+
+def joined_draws(draws: Sequence[Draw]) -> Draw:
+    """The draws of several tasks as one."""
+    names = dict.fromkeys(name for draw in draws for name in draw.drop_hint)
+    return Draw(
+        torch.cat([draw.posterior for draw in draws]),
+        torch.cat([draw.noise for draw in draws]),
+        torch.cat([draw.t for draw in draws]),
+        torch.cat([draw.drop_caption for draw in draws]),
+        {
+            name: torch.cat([draw.drop_hint.get(name, torch.zeros_like(draw.drop_caption)) for draw in draws])
+            for name in names
+        },
+        None if draws[0].kept is None else torch.cat([draw.kept for draw in draws if draw.kept is not None]),
+    )
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Items of a `PreparedSet` as one batch."""
     return {

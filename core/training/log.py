@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,11 @@ from ..runs import Run
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One row of the log: the mean loss since the row before, and the step's learning rate and gradient norm."""
+    """One row of the log: the mean loss since the row before, and the step's learning rate and gradient norm.
+
+    With tasks the loss is their mean, the norm is over all weights, and `tasks` has both of each, named loss/TASK and
+    grad_norm/TASK.
+    """
 
     step: int
     steps_averaged: int
@@ -24,6 +29,12 @@ class StepFigures:
     lr: float
     grad_norm: float
     seconds: float
+    tasks: Mapping[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, float]:
+        """As it is logged."""
+        figures = {"loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm, "seconds": self.seconds}
+        return {**figures, **self.tasks}
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         """One flat JSON object."""
         last = {} if self.last is None else {"step": self.last.step, "loss": self.last.loss, "lr": self.last.lr}
-        norm = {} if self.last is None else {"grad_norm": self.last.grad_norm}
+        norm = {} if self.last is None else {"grad_norm": self.last.grad_norm, **self.last.tasks}
         closing = {"steps": self.steps, "peak_memory_gb": self.peak_memory_gb, "precision": self.precision}
         return {**last, **norm, **self.validation, **closing}
 
@@ -48,25 +59,25 @@ class Summary:
 class LossMeter:
     """Losses of the steps since the last row, on this process; survives a resume, so that rows are the same."""
 
-    def __init__(self, accelerator: Accelerator, losses: list[float]) -> None:
+    def __init__(self, accelerator: Accelerator, losses: Sequence[float | list[float]]) -> None:
         self.accelerator = accelerator
-        self.recent = [torch.tensor(loss, device=accelerator.device) for loss in losses]
+        self.recent = [torch.tensor(loss, device=accelerator.device).reshape(-1) for loss in losses]
 
     def add(self, loss: Tensor) -> None:
-        """Adds one step's loss, a scalar."""
+        """Adds one step's losses (T,), one for each task; one in all for a run without tasks."""
         self.recent.append(loss)
 
-    def since_last_row(self) -> list[float]:
+    def since_last_row(self) -> list[list[float]]:
         """The losses of the steps since the last row, averaged over processes. All processes must call it."""
         if not self.recent:
             return []
         return self.accelerator.reduce(torch.stack(self.recent), "mean").tolist()  # pyright: ignore
 
-    def mean(self) -> tuple[float, int]:
-        """The mean of those and their number, and a new row begins. All processes must call it."""
-        value, count = float(self.accelerator.reduce(torch.stack(self.recent), "mean").mean()), len(self.recent)  # pyright: ignore
+    def mean(self) -> tuple[list[float], int]:
+        """The means (T) of those and the number of steps, and a new row begins. All processes must call it."""
+        value, count = self.accelerator.reduce(torch.stack(self.recent), "mean").mean(0), len(self.recent)  # pyright: ignore
         self.recent.clear()
-        return value, count
+        return value.tolist(), count
 
 
 def refuse_divergence(loss: float, step: int, run: Run) -> None:

@@ -21,7 +21,10 @@ class Objective(Protocol):
     """A loss that depends on its arguments alone: all randomness is in `draw`."""
 
     def __call__(self, net: nn.Module, batch: Mapping[str, Any], draw: Draw) -> Tensor:
-        """The loss of each sample, (B,) float32. `net` is a `TunedBackbone`, or one wrapped for several processes."""
+        """The loss of each sample, (B,) float32. `net` is a `TunedBackbone`, or one wrapped for several processes.
+
+        `batch` is what `collate` makes, with `task` where it is of several tasks.
+        """
         ...
 
     def unweighted(self) -> Objective:
@@ -63,7 +66,8 @@ class DiffusionObjective:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             rows = {**self._rows(batch["text"], draw), **self.family.size_rows(len(t), self.size, self.device)}
             kept = None if draw.kept is None else draw.kept.to(self.device)
-            output = net(noisy.to(self.dtype), t, rows, self._hints(batch["hints"], draw) or None, kept)
+            hints = self._hints(batch["hints"], draw) or None
+            output = net(noisy.to(self.dtype), t, rows, hints, kept, batch.get("task"))
         prediction, values = _split(output.float(), latents.shape[1])
         target = self.noising.target(latents, noise, t)
         errors = (prediction - target.float()).square()

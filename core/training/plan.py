@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from ..data.records import Source
 from ..devices import best_device, choose_precision, torch_dtype
 from ..measure import saved_bytes
 from ..sites.attaching import TunedBackbone
+from ..tasks import task_configs
+from ..tuners import check_routing
+from ..tuners.base import Tuner
+from .lanes import TaskSet
 from .setup import added_classes, build_model, build_tuner
 from .splits import split_records
 
@@ -29,49 +34,75 @@ def activation_bytes(model: TunedBackbone, backbone: Backbone, conditions: tuple
     return saved_bytes(model, lambda: model(latents, torch.zeros(1, device="meta"), rows, hints or None))
 
 
+def meta_model(backbone: Backbone, tuner: Tuner, checkpointing: bool) -> TunedBackbone:
+    """The model on the meta device, as it is trained on one sample of a task."""
+    twins = (copy.deepcopy(module).to("meta") for module in (backbone.denoiser, tuner))
+    return build_model(*twins, checkpointing=checkpointing)
+
+
 def plan_run(
     config: TrainConfig, source: Source, held_out: Source | None = None, *, offline: bool = False
 ) -> dict[str, Any]:
-    """The figures of a run without running it; all sizes in bytes.
+    """The figures of a run without tasks; see `plan_tasks`."""
+    return plan_tasks(config, {None: TaskSet(source, held_out)}, offline=offline)
 
+
+def plan_tasks(config: TrainConfig, sets: Mapping[str | None, TaskSet], *, offline: bool = False) -> dict[str, Any]:
+    """The figures of a run without running it; all sizes in bytes. `sets` as for `train_tasks`.
+
+    With tasks, the figures of each are in "tasks" and those of the whole run are their sums.
     Memory is weights, gradients, AdamW's two moments and the activations saved for backward (counted exactly for eager
     mode on the meta device); the workspace of the device's libraries comes on top.
     """
+    check_routing(config)
     device = torch.device(best_device())
     precision = choose_precision(config.precision, device)
     backbone = load_backbone(config.base, vae_dtype=autoencoder_dtype(device), offline=offline)  # as the cache has it
     size = config.size or backbone.resolution
     backbone.check_size(size)
-    training, validation = split_records(source, held_out, config)
-    backbone.classes = added_classes(config, source, held_out, backbone)
-    tuner = build_tuner(config, backbone)
-    trainable = sum(p.numel() for p in tuner.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in backbone.denoiser.parameters())
     width = torch.finfo(torch_dtype(precision)).bits // 8
-    twins = (copy.deepcopy(module).to("meta") for module in (backbone.denoiser, tuner))
-    model = build_model(*twins, config.checkpointing)
-    activations = activation_bytes(model, backbone, config.conditions, size) * width // 4
-    held = frozen + sum(buffer.numel() for buffer in model.denoiser.buffers())
-    memory = activations * config.batch + held * width + trainable * 4 * (ADAM_STATES + bool(config.ema))
-    global_batch = config.batch * config.accumulate
+    configs = task_configs(config)
+    plans, held = {}, 0
+    for task, own in configs.items():
+        plans[task], numbers = _plan_task(own, sets[task], backbone, size, width, task)
+        held = max(held, numbers)
+    whole = _together(plans) if config.tasks else plans[None]
+    frozen = sum(p.numel() for p in backbone.denoiser.parameters())
+    activations = sum(plan["activations_per_image"] for plan in plans.values())
+    trained = whole["trainable"] * 4 * (ADAM_STATES + bool(config.ema))
     return {
         "method": config.method,
-        "cond": list(config.conditions),
         "base": config.base,
-        "sites": tuner.describe_sites(),
-        "classes_added": list(backbone.classes),
-        "trainable": trainable,
         "frozen": frozen,
         "precision": precision,
         "device": str(device),
         "size": size,
+        "steps": config.steps,
+        "batch": config.batch * config.accumulate * len(plans),
+        "memory": activations * config.batch + held * width + trained,
+        **whole,
+    }
+
+
+def _plan_task(
+    config: TrainConfig, part: TaskSet, backbone: Backbone, size: int, width: int, task: str | None
+) -> tuple[dict[str, Any], int]:
+    """The figures of one task, and how many numbers the denoiser holds; `width` is the bytes of one."""
+    training, validation = split_records(part.source, part.held_out, config)
+    backbone = backbone.with_classes(added_classes(config, part.source, part.held_out, backbone, task))
+    tuner = build_tuner(config, backbone, task)
+    model = meta_model(backbone, tuner, config.checkpointing)
+    frozen = sum(p.numel() for p in backbone.denoiser.parameters())
+    held = frozen + sum(buffer.numel() for buffer in model.denoiser.buffers())
+    figures = {
+        "cond": list(config.conditions),
+        "sites": tuner.describe_sites(),
+        "classes_added": list(backbone.classes),
+        "trainable": sum(p.numel() for p in tuner.parameters() if p.requires_grad),
         "images": len(training),
         "held_out": len(validation),
-        "steps": config.steps,
-        "batch": global_batch,
-        "epochs": round(config.steps * global_batch / max(1, len(training)), 2),
-        "activations_per_image": activations,
-        "memory": memory,
+        "epochs": round(config.steps * config.batch * config.accumulate / max(1, len(training)), 2),
+        "activations_per_image": activation_bytes(model, backbone, config.conditions, size) * width // 4,
         "cache": cache_plan(
             training,
             backbone,
@@ -81,6 +112,14 @@ def plan_run(
             prompt=backbone.family.prompt_rule(config.trigger, config.caption),
         ),
     }
+    return figures, held
+
+
+def _together(plans: Mapping[str | None, dict[str, Any]]) -> dict[str, Any]:
+    """Each task's figures under "tasks", and those of the whole run: sums, and the mean image's activations."""
+    sums = {key: sum(plan[key] for plan in plans.values()) for key in ("trainable", "images", "held_out")}
+    activations = sum(plan["activations_per_image"] for plan in plans.values()) // len(plans)
+    return {"tasks": dict(plans), **sums, "activations_per_image": activations}
 
 
 def captions(cache: dict[str, Any]) -> str:
@@ -100,21 +139,31 @@ def added(classes: list[str]) -> str:
 
 
 def show_plan(plan: dict[str, Any]) -> str:
-    """The plan as lines for a person."""
-    control = f", controlled by {', '.join(plan['cond'])}" if plan["cond"] else ""
-    cache = plan["cache"]
+    """The plan as lines for a person; with tasks, those of each follow those of the run."""
     share, saved = 100 * plan["trainable"] / plan["frozen"], plan["activations_per_image"] / 1e6
-    return "\n".join(
-        [
-            f"method     {plan['method']}{control}",
-            f"base       {plan['base']} at {plan['size']} px",
-            f"tuned      {'; '.join(plan['sites'])}{added(plan['classes_added'])}",
-            f"weights    {plan['trainable']:,} trained, {plan['frozen']:,} frozen ({share:.2f} %)",
-            f"data       {plan['images']} images for training, {plan['held_out']} held out{captions(cache)}",
-            f"work       {plan['steps']} steps of {plan['batch']} images = {plan['epochs']} epochs, "
-            f"{plan['precision']} on {plan['device']}",
-            f"memory     about {plan['memory'] / 1e9:.2f} GB ({saved:.1f} MB of saved activations per image)",
-            f"cache      {cache['bytes'] / 1e6:.1f} MB in {cache['folder']}, "
-            f"{cache['bytes_to_add'] / 1e6:.1f} MB of it still to write",
-        ]
-    )
+    lines = [
+        f"method     {plan['method']}{_control(plan)}",
+        f"base       {plan['base']} at {plan['size']} px",
+        f"weights    {plan['trainable']:,} trained, {plan['frozen']:,} frozen ({share:.2f} %)",
+        f"work       {plan['steps']} steps of {plan['batch']} images, {plan['precision']} on {plan['device']}",
+        f"memory     about {plan['memory'] / 1e9:.2f} GB ({saved:.1f} MB of saved activations per image)",
+    ]
+    for name, task in plan.get("tasks", {}).items():
+        lines += [f"task       {name}{_control(task)}, {task['trainable']:,} weights", *_show_task(task)]
+    return "\n".join(lines if "tasks" in plan else [*lines, *_show_task(plan)])
+
+
+def _control(plan: dict[str, Any]) -> str:
+    return f", controlled by {', '.join(plan['cond'])}" if plan.get("cond") else ""
+
+
+def _show_task(plan: dict[str, Any]) -> list[str]:
+    """Sites, data and cache of a run without tasks, or of a task."""
+    cache = plan["cache"]
+    images = f"{plan['images']} images for training, {plan['epochs']} epochs, {plan['held_out']} held out"
+    return [
+        f"tuned      {'; '.join(plan['sites'])}{added(plan['classes_added'])}",
+        f"data       {images}{captions(cache)}",
+        f"cache      {cache['bytes'] / 1e6:.1f} MB in {cache['folder']}, "
+        f"{cache['bytes_to_add'] / 1e6:.1f} MB of it still to write",
+    ]

@@ -1,9 +1,10 @@
-"""What a training needs before its first step: base, data, tuner, optimizer, and the state to resume from."""
+"""What a training needs before its first step: base, data, tuners, optimizer, and the state to resume from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,33 +16,22 @@ from torch import nn
 from ..backbones.loading import Backbone, load_backbone
 from ..backbones.noising import Noising
 from ..backbones.upsampling import fold_upsampling
-from ..checkpoint import load_tuner, read_meta
+from ..checkpoint import load_tuner, read_meta, task_files
 from ..config import TrainConfig
 from ..data.prepared import PreparedSet, prepare
 from ..data.records import Source
 from ..devices import choose_precision, torch_dtype
-from ..errors import UsageError
+from ..errors import SctoolError, UsageError
 from ..progress import Progress
 from ..runs import Run
 from ..sites.attaching import TunedBackbone
-from ..tuners import method_config, tuner_class, with_learning_rate
+from ..tasks import task_configs
+from ..tuners import check_routing, method_config, tuner_class, with_learning_rate
 from ..tuners.base import Tuner
+from .lanes import Data, Lane, TaskSet
 from .objective import DiffusionObjective, Objective
 from .splits import split_records
 from .state import load_state
-
-
-@dataclass
-class Data:
-    """The prepared images: those trained on, and those held out, if any."""
-
-    train: PreparedSet
-    held_out: PreparedSet | None
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(C, h, w) of a latent."""
-        return tuple(self.train[0]["mean"].shape)
 
 
 def prepare_data(
@@ -61,7 +51,14 @@ def prepare_data(
     return Data(prepared(training, config.flip), prepared(validation, False) if validation else None)
 
 
-def added_classes(config: TrainConfig, source: Source, held_out: Source | None, backbone: Backbone) -> tuple[str, ...]:
+def init_file(init: str, task: str | None) -> str | Path:
+    """What a task goes on from: the tuner of its name where `init` is a run of several tasks, else `init` itself."""
+    return task_files(init).get(task or "", init)
+
+
+def added_classes(
+    config: TrainConfig, source: Source, held_out: Source | None, backbone: Backbone, task: str | None = None
+) -> tuple[str, ...]:
     """The classes of the sets that the base does not know, which the tuner adds; those of `init`, where it is given.
 
     Raises `UsageError` when the data has classes that `init` does not have.
@@ -71,7 +68,7 @@ def added_classes(config: TrainConfig, source: Source, held_out: Source | None, 
     classes = family.added(backbone.pipe, {rule(record) for part in (source, held_out or ()) for record in part})
     if not config.init:
         return classes
-    theirs = tuple(read_meta(config.init).get("classes", ()))
+    theirs = tuple(read_meta(init_file(config.init, task)).get("classes", ()))
     if missing := sorted(set(classes) - set(theirs)):
         raise UsageError(f"init={config.init} has no class {', '.join(missing)}, which the data has; leave init out.")
     return theirs
@@ -88,8 +85,8 @@ def patch_side(denoiser: nn.Module) -> int:
     return config.get("patch_size") or 1
 
 
-def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
-    """The untrained tuner of `config`, or the one in `config.init` to go on from.
+def build_tuner(config: TrainConfig, backbone: Backbone, task: str | None = None) -> Tuner:
+    """The untrained tuner of `config`, or the one in `config.init` to go on from; of `task`, where that has several.
 
     A run that names no settings of the method takes those of `init`. Raises `UsageError` when the two differ.
     """
@@ -101,7 +98,7 @@ def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
         )
         tuner.use(backbone)
         return tuner
-    tuner = load_tuner(config.init, backbone)
+    tuner = load_tuner(init_file(config.init, task), backbone)
     same = tuner.config == settings or not config.tuner
     if tuner.method != config.method or tuple(tuner.conditions) != config.conditions or not same:
         raise UsageError(
@@ -111,12 +108,39 @@ def build_tuner(config: TrainConfig, backbone: Backbone) -> Tuner:
     return tuner
 
 
-def build_model(denoiser: nn.Module, tuner: Tuner, checkpointing: bool = False) -> TunedBackbone:
-    """Denoiser and tuner as they are trained.
+def open_lanes(
+    config: TrainConfig, run: Run, sets: Mapping[str | None, TaskSet], backbone: Backbone, accelerator: Accelerator,
+    progress: Progress,
+) -> list[Lane]:  # fmt: skip
+    """A lane for each task, its data prepared and its tuner as a run of its own would start with it.
+
+    Raises `SctoolError` for a task without an image.
+    """
+    check_routing(config)
+    configs = task_configs(config)
+    bases, data = {}, {}
+    for task, own in configs.items():
+        part = sets[task]
+        bases[task] = backbone.with_classes(added_classes(own, part.source, part.held_out, backbone, task))
+        with accelerator.main_process_first():
+            data[task] = prepare_data(own, part.source, part.held_out, bases[task], progress)
+        if not len(data[task].train):  # all processes find the same
+            raise SctoolError(f"--data {own.data} has no image to train on; its faults are listed above.")
+    backbone.free_encoders()
+    return [
+        Lane(task, own, Run(run.path, task), bases[task], data[task], build_tuner(own, bases[task], task), sets[task])
+        for task, own in configs.items()
+    ]
+
+
+def build_model(
+    denoiser: nn.Module, *tuners: Tuner, tasks: Sequence[str | None] | None = None, checkpointing: bool = False
+) -> TunedBackbone:
+    """Denoiser and tuners as they are trained.
 
     Upsampling is folded after attaching: an upsampler that is trained or has a hooked layer must stay as it is.
     """
-    model = TunedBackbone(denoiser, tuner)
+    model = TunedBackbone(denoiser, *tuners, tasks=tasks)
     fold_upsampling(denoiser)
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -131,14 +155,14 @@ class Training:
     run: Run
     accelerator: Accelerator
     backbone: Backbone
-    data: Data
-    tuner: Tuner
+    lanes: list[Lane]
     model: TunedBackbone
     net: nn.Module
     """The model as steps call it: wrapped for several processes."""
     objective: Objective
     noising: Noising
     parameters: list[nn.Parameter]
+    """Those of all lanes."""
     optimizer: torch.optim.Optimizer
     rate: Callable[[int], float]
     """The learning rate of a step."""
@@ -146,40 +170,47 @@ class Training:
     scaler: torch.amp.GradScaler
     precision: str
     start: int
-    recent: list[float]
+    recent: list[list[float]]
     tokens: int = 0
     """Tokens that a transformer makes of a latent; 0 for other denoisers."""
 
+    @property
+    def trained(self) -> nn.Module:
+        """What resume states hold: the tuner, or all of them."""
+        return whole(self.lanes)
+
+
+def whole(lanes: Sequence[Lane]) -> nn.Module:
+    """The tuner of an ordinary run, or those of all tasks as one module."""
+    return lanes[0].tuner if lanes[0].name is None else nn.ModuleList(lane.tuner for lane in lanes)
+
 
 def set_up(
-    config: TrainConfig,
-    run: Run,
-    backbone: Backbone,
-    data: Data,
-    tuner: Tuner,
-    accelerator: Accelerator,
-    precision: str,
+    config: TrainConfig, run: Run, backbone: Backbone, lanes: list[Lane], accelerator: Accelerator, precision: str
 ) -> Training:
-    """Attaches the tuner, makes optimizer and objective, and restores the newest state. `data` has been prepared."""
+    """Attaches the tuners, makes optimizer and objective, and restores the newest state."""
     if config.mask and backbone.family.token_layers(backbone.denoiser) is None:
         raise UsageError(f"mask={config.mask} leaves out tokens, but {config.base} has none: it is not a transformer.")
     device, config = accelerator.device, with_learning_rate(config)
     lr = config.lr or 0.0
-    autocast = tuner.needs_autocast or precision == "fp16"  # fp32 master weights in the forward pass need it
-    model = build_model(backbone.denoiser, tuner, config.checkpointing).to(device, memory_format=torch.channels_last)
-    parameters = [p for p in tuner.parameters() if p.requires_grad]
+    tuners = [lane.tuner for lane in lanes]
+    autocast = any(tuner.needs_autocast for tuner in tuners) or precision == "fp16"  # fp32 master weights need it
+    model = build_model(
+        backbone.denoiser, *tuners, tasks=[lane.name for lane in lanes], checkpointing=config.checkpointing
+    ).to(device, memory_format=torch.channels_last)
+    parameters = [parameter for lane in lanes for parameter in lane.parameters]
     optimizer = torch.optim.AdamW(parameters, lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     rates = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     ema = EMAModel(parameters, decay=config.ema) if config.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    start, recent = load_state(run, tuner, optimizer, ema, scaler)
+    start, recent = load_state(run, whole(lanes), optimizer, ema, scaler)
     if config.compile:
         model.compile()
     noising = backbone.noising()
     objective = DiffusionObjective(
         backbone.family,
         noising,
-        data.train.null_rows,
+        lanes[0].data.train.null_rows,
         config.size or backbone.resolution,
         device,
         dtype=torch.float32 if autocast else torch_dtype(precision),
@@ -189,8 +220,9 @@ def set_up(
     )
     net, factor = accelerator.prepare_model(model), rates.lr_lambdas[0]
     return Training(
-        config, run, accelerator, backbone, data, tuner, model, net, objective, noising, parameters, optimizer,
-        lambda step: lr * factor(step), ema, scaler, precision, start, recent, token_count(model, data.latent_shape),
+        config, run, accelerator, backbone, lanes, model, net, objective, noising, parameters, optimizer,
+        lambda step: lr * factor(step), ema, scaler, precision, start, recent,
+        token_count(model, lanes[0].data.latent_shape),
     )  # fmt: skip
 
 

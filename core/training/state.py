@@ -28,7 +28,7 @@ def save_state(
     ema: EMAModel | None,
     scaler: torch.amp.GradScaler,
     keep: int,
-    recent: list[float],
+    recent: list[list[float]],
 ) -> None:
     """Writes state/step-N and then removes the oldest states beyond `keep`. Raises `SctoolError` on a full disk.
 
@@ -63,7 +63,7 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     ema: EMAModel | None,
     scaler: torch.amp.GradScaler,
-) -> tuple[int, list[float]]:
+) -> tuple[int, list[list[float]]]:
     """Restores the newest complete state in place; returns its step and the losses since the last row of the log.
 
     (0, []) where there is none. Moments take their parameter's memory layout, by which the fused optimizer pairs them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,19 @@ from torch import Tensor
 from ..checkpoint import save_tuner
 from ..config import TrainConfig
 from ..data.records import Source
-from ..errors import Interrupted, SctoolError, UsageError
+from ..errors import Interrupted, UsageError
 from ..measure import peak_so_far
 from ..progress import Progress
 from ..runs import Run
 from ..signals import Stop
+from .batches import joined
 from .card import write_card
+from .lanes import Lane, Measures, TaskSet
 from .log import Logger, LossMeter, StepFigures, Summary, refuse_divergence
-from .setup import Training, added_classes, build_tuner, load_for_training, prepare_data, set_up
+from .setup import Training, load_for_training, open_lanes, set_up
 from .state import save_state
 from .trainer import Trainer, averaged
-from .validate import Measures, Validator
+from .validate import Losses, Validator
 
 LOG_EVERY = 10
 
@@ -45,32 +47,41 @@ def train(
     `map_meta` says how the condition maps were made and goes into the tuner file.
     Raises `Interrupted` after a saved stop by SIGINT or SIGTERM, `SctoolError` for data that cannot be trained on.
     """
+    own = TaskSet(source, held_out, map_meta or {}, measures or {})
+    return train_tasks(config, run, {None: own}, offline=offline, quiet=quiet)
+
+
+def train_tasks(
+    config: TrainConfig, run: Run, sets: Mapping[str | None, TaskSet], *, offline: bool = False, quiet: bool = False
+) -> Summary:
+    """Trains a tuner for each task of the config, `sets` by task; {None: set} for a run without tasks.
+
+    Every task ends as it would in a run of its own with the same seed, up to rounding. Otherwise as `train`.
+    """
     accelerator = Accelerator()
     if config.batch % accelerator.num_processes:
         raise UsageError(f"batch={config.batch} cannot be shared evenly among {accelerator.num_processes} processes.")
     progress = Progress(quiet or not accelerator.is_main_process)
     backbone, precision = load_for_training(config, accelerator.device, offline)
-    backbone.classes = added_classes(config, source, held_out, backbone)
-    with accelerator.main_process_first():
-        data = prepare_data(config, source, held_out, backbone, progress)
-    if not len(data.train):  # all processes find the same
-        raise SctoolError(f"--data {config.data} has no image to train on; its faults are listed above.")
-    backbone.free_encoders()
-    tuner = build_tuner(config, backbone)
-    validator = None
+    lanes = open_lanes(config, run, sets, backbone, accelerator, progress)
+    validators = []
     if accelerator.is_main_process:
-        validator = Validator(config, run, backbone, data.held_out, measures or {}, progress)
-        validator.draw_base()  # before the tuner is attached
-    training = set_up(config, run, backbone, data, tuner, accelerator, precision)
+        validators = [
+            Validator(lane.config, lane.run, lane.backbone, lane.data.held_out, lane.set.measures, progress)
+            for lane in lanes
+        ]
+        for validator in validators:
+            validator.draw_base()  # before the tuners are attached
+    training = set_up(config, run, backbone, lanes, accelerator, precision)
     if accelerator.is_main_process:
         run.forget_after(training.start)
         run.become_latest()  # not before: a training that was refused is no run to sample from
     with Stop() as stop, progress.training(config.steps, training.start) as bar:
-        trainer, between = Trainer(training), BetweenSteps(training, validator, stop, bar)
+        trainer, between = Trainer(training), BetweenSteps(training, validators, stop, bar)
         with between.logger:
             for number in range(training.start, config.steps):
                 between.after(number + 1, *trainer.step(number))
-    return finish(training, between, dict(map_meta or {}))
+    return finish(training, between)
 
 
 class BetweenSteps:
@@ -79,26 +90,26 @@ class BetweenSteps:
     def __init__(
         self,
         training: Training,
-        validator: Validator | None,
+        validators: Sequence[Validator],
         stop: Stop,
         bar: Callable[[int, float | None, float], None],
     ) -> None:
-        self.training, self.validator, self.stop, self.bar = training, validator, stop, bar
+        self.training, self.validators, self.stop, self.bar = training, validators, stop, bar
         self.logger = Logger(training.run, training.accelerator.is_main_process)
         self.meter = LossMeter(training.accelerator, training.recent)
         self.last: StepFigures | None = None
         self.validation: dict[str, float] = {}
         self.clock = time.perf_counter()
 
-    def after(self, done: int, loss: Tensor, norm: Tensor) -> None:
-        """Called with the number of steps done, and the last one's loss and gradient norm.
+    def after(self, done: int, losses: Tensor, norms: Tensor) -> None:
+        """Called with the number of steps done, and each lane's loss and gradient norm (T,) in the last one.
 
         Raises `SctoolError` when the loss is not finite, and `Interrupted` after a saved stop.
         """
         t, config = self.training, self.training.config
-        self.meter.add(loss)
+        self.meter.add(losses)
         if done % LOG_EVERY == 0 or done == config.steps:
-            self._log(done, norm)
+            self._log(done, norms)
         self.bar(done, self.last.loss if self.last else None, peak_so_far(t.accelerator.device) / 1e9)
         signal = agreed_signal(self.stop.signal, t.accelerator)
         if done % config.save_every == 0 or signal or done == config.steps:
@@ -112,30 +123,43 @@ class BetweenSteps:
         if validation_due(done, config):
             self._validate(done)
 
-    def _log(self, done: int, norm: Tensor) -> None:
-        """One row: the mean loss since the last one."""
-        loss, count = self.meter.mean()
+    def _log(self, done: int, norms: Tensor) -> None:
+        """One row: the mean losses since the last one."""
+        losses, count = self.meter.mean()
+        loss = sum(losses) / len(losses)
         refuse_divergence(loss, done, self.training.run)
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         lr = self.training.optimizer.param_groups[0]["lr"]
-        self.last = StepFigures(done, count, loss, lr, float(norm), round(seconds, 4))
-        row = {"loss": loss, "lr": lr, "grad_norm": self.last.grad_norm, "seconds": self.last.seconds}
-        self.logger.row(done, row)
+        tasks = self._by_task(losses, norms.tolist())
+        self.last = StepFigures(done, count, loss, lr, float(norms.norm()), round(seconds, 4), tasks)
+        self.logger.row(done, self.last.row())
+
+    def _by_task(self, losses: list[float], norms: list[float]) -> dict[str, float]:
+        """Loss and gradient norm of each task; {} for a run without tasks."""
+        names = [lane.name for lane in self.training.lanes if lane.name]
+        figures = {f"loss/{name}": loss for name, loss in zip(names, losses, strict=False)}
+        return figures | {f"grad_norm/{name}": norm for name, norm in zip(names, norms, strict=False)}
 
     def _save(self, done: int) -> None:
         t, recent = self.training, self.meter.since_last_row()
         if t.accelerator.is_main_process:
-            save_state(t.run, done, t.tuner, t.optimizer, t.ema, t.scaler, t.config.keep, recent)
+            save_state(t.run, done, t.trained, t.optimizer, t.ema, t.scaler, t.config.keep, recent)
 
     def _validate(self, done: int) -> None:
         """Held-out figures and previews of the averaged weights; their time is not a step's."""
-        if self.validator:
+        if self.validators:
             t = self.training
-            objective = t.objective.unweighted()
             with averaged(t.ema, t.parameters):
-                self.validation = self.validator(done, lambda batch, draw: objective(t.model, batch, draw), t.noising)
+                for validator, lane in zip(self.validators, t.lanes, strict=True):
+                    self.validation |= validator(done, self._held_out_losses(lane), t.noising)
             self.logger.row(done, self.validation)
         self.clock = time.perf_counter()
+
+    def _held_out_losses(self, lane: Lane) -> Losses:
+        """The unweighted loss of each sample of a lane."""
+        t = self.training
+        objective = t.objective.unweighted()
+        return lambda batch, draw: objective(t.model, joined([dict(batch)], [lane.name]), draw)
 
 
 def validation_due(done: int, config: TrainConfig) -> bool:
@@ -153,15 +177,18 @@ def agreed_signal(number: int, accelerator: Accelerator) -> int:
     return int(flag)
 
 
-def finish(training: Training, between: BetweenSteps, map_meta: dict[str, Any]) -> Summary:
-    """Writes tuner and model card, and takes the tuner off the denoiser."""
+def finish(training: Training, between: BetweenSteps) -> Summary:
+    """Writes tuners and model card, and takes the tuners off the denoiser."""
     t = training
     memory = round(peak_so_far(t.accelerator.device) / 1e9, 3)
     summary = Summary(t.config.steps, t.precision, memory, between.last, between.validation)
     if t.accelerator.is_main_process:
         with averaged(t.ema, t.parameters):
-            save_tuner(t.run.tuner, t.tuner, t.backbone, maps=map_meta, run=t.run.name)
-        write_card(t.run, t.config, t.backbone, t.tuner, summary, t.data)
+            for lane in t.lanes:
+                save_tuner(
+                    lane.run.tuner, lane.tuner, lane.backbone, maps=lane.set.map_meta, task=lane.name, run=t.run.name
+                )
+        write_card(t.run, t.config, t.backbone, t.lanes, summary)
     t.model.attachment.detach()
     t.accelerator.wait_for_everyone()
     return summary

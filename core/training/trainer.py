@@ -11,7 +11,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .batches import StepBatches, batch_share, collate, training_draw
+from .batches import Draw, StepBatches, batch_share, collate, joined, joined_draws, training_draw
+from .lanes import Lane
 from .setup import Training
 
 WORKERS = 4
@@ -19,50 +20,65 @@ WORKERS = 4
 
 
 class Trainer:
-    """Takes the steps of a training, in order from its `start`."""
+    """Takes the steps of a training, in order from its `start`.
+
+    Each lane has its own order of data, draws, loss and clipping, as in a run of its own; all share the forward pass.
+    """
 
     def __init__(self, training: Training) -> None:
         self.training = training
         accelerator, config = training.accelerator, training.config
         self.share = batch_share(config.batch, accelerator.process_index, accelerator.num_processes)
-        self.latent_shape = training.data.latent_shape
-        self.batches = self._batches()
+        self.latent_shape = training.lanes[0].data.latent_shape
+        self.tasks = [lane.name for lane in training.lanes]
+        self.batches = [self._batches(lane) for lane in training.lanes]
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        """This process's batches from the first step on."""
+    def _batches(self, lane: Lane) -> Iterator[dict[str, Any]]:
+        """This process's batches of a lane from the first step on."""
         t, config = self.training, self.training.config
         cuda = t.accelerator.device.type == "cuda"
         order = StepBatches(
-            len(t.data.train), config.batch, config.seed, t.start * config.accumulate, config.steps * config.accumulate,
-            t.accelerator.process_index, t.accelerator.num_processes,
+            len(lane.data.train), config.batch, config.seed, t.start * config.accumulate,
+            config.steps * config.accumulate, t.accelerator.process_index, t.accelerator.num_processes,
         )  # fmt: skip
-        workers = WORKERS if cuda else 0
+        workers = max(1, WORKERS // len(t.lanes)) if cuda else 0
         return iter(
-            DataLoader(t.data.train, batch_sampler=order, num_workers=workers, collate_fn=collate, pin_memory=cuda)
+            DataLoader(lane.data.train, batch_sampler=order, num_workers=workers, collate_fn=collate, pin_memory=cuda)
         )
 
     def step(self, number: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step; the loss on this process and the gradient norm before clipping, two scalars."""
+        """One optimizer step; the lanes' losses on this process and gradient norms before clipping, (T,) each."""
         t, config = self.training, self.training.config
         for group in t.optimizer.param_groups:
             group["lr"] = t.rate(number)
-        total = torch.zeros((), device=t.accelerator.device)
+        total = torch.zeros(len(t.lanes), device=t.accelerator.device)
         for part in range(config.accumulate):
-            micro = number * config.accumulate + part
-            draw = training_draw(config, micro, self.latent_shape, t.noising, self.share, t.tokens)
             last = part == config.accumulate - 1
             with t.accelerator.no_sync(t.net) if not last else torch.enable_grad():
-                loss = t.objective(t.net, next(self.batches), draw).mean() / config.accumulate
-                t.scaler.scale(loss).backward()
-            total += loss.detach()
+                losses = self._losses(number * config.accumulate + part) / config.accumulate
+                t.scaler.scale(losses.sum()).backward()
+            total += losses.detach()
         t.scaler.unscale_(t.optimizer)
-        norm = nn.utils.clip_grad_norm_(t.parameters, config.max_grad_norm or math.inf)
+        most = config.max_grad_norm or math.inf
+        norms = torch.stack([nn.utils.clip_grad_norm_(lane.parameters, most) for lane in t.lanes])
         t.scaler.step(t.optimizer)
         t.scaler.update()
         t.optimizer.zero_grad()
         if t.ema:
             t.ema.step(t.parameters)
-        return total, norm
+        return total, norms
+
+    def _losses(self, micro: int) -> Tensor:
+        """The mean loss (T,) of every lane's samples in micro-batch `micro`, from one forward pass over all of them."""
+        t = self.training
+        batches = [next(batches) for batches in self.batches]
+        draws = [self._draw(lane, micro) for lane in t.lanes]
+        losses = t.objective(t.net, joined(batches, self.tasks), joined_draws(draws))
+        return torch.stack([own.mean() for own in losses.chunk(len(t.lanes))])
+
+    def _draw(self, lane: Lane, micro: int) -> Draw:
+        t = self.training
+        return training_draw(lane.config, micro, self.latent_shape, t.noising, self.share, t.tokens)
 
 
 class averaged:

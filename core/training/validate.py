@@ -21,6 +21,7 @@ from ..runs import Run
 from ..sampling import Request, sample_images
 from ..sheets import save_png, sheet
 from .batches import Draw, collate, validation_draw
+from .lanes import Measures
 
 BANDS = 4  # quarters of the noise schedule: from fine detail (0) to composition (3)
 PREVIEWS = 4
@@ -29,12 +30,10 @@ LOSS_BATCH = 16
 SMALL_RESOLUTION = 128  # up to which 16 images are drawn at a time; larger ones 4
 
 Losses = Callable[[Mapping[str, Any], Draw], Tensor]
-Measures = Mapping[str, Callable[..., dict[str, float]]]
-"""Condition -> function (images, hints) -> figures of how well the images follow their hints."""
 
 
 class Validator:
-    """Measures one run on its held-out images; does nothing where there are none."""
+    """Measures one run, or one of its tasks, on its held-out images; does nothing where there are none."""
 
     def __init__(
         self,
@@ -47,7 +46,7 @@ class Validator:
     ) -> None:
         self.config, self.run, self.backbone, self.held_out = config, run, backbone, held_out
         self.measures = {name: measures[name] for name in config.conditions if name in measures}
-        self.progress = progress
+        self.progress, self.named = progress, f"val/{run.task}/" if run.task else "val/"
         at_once = 16 if backbone.resolution <= SMALL_RESOLUTION else 4
         self.sampling = SampleConfig(
             steps=config.preview_steps, guidance=config.guidance, size=config.size, batch=at_once
@@ -65,7 +64,7 @@ class Validator:
         requests = []
         for seed, item in enumerate(items):
             hints = {name: hint.permute(1, 2, 0).numpy() for name, hint in item["hints"].items()}
-            requests.append(Request(item["caption"], seed, hints, key=item["key"]))
+            requests.append(Request(item["caption"], seed, hints, key=item["key"], task=self.run.task))
         return rows, requests
 
     def encode(self, captions: list[str]) -> dict[str, Tensor]:
@@ -84,7 +83,7 @@ class Validator:
             self.base = self.images([Request(r.prompt, r.seed) for r in self.requests[:PREVIEWS]])
 
     def __call__(self, step: int, losses: Losses, noising: Noising) -> dict[str, float]:
-        """Figures named val/... after `step` steps; writes samples/preview/step-N.png when previews are due.
+        """Figures named val/... or val/TASK/... after `step` steps; writes preview/step-N.png when previews are due.
 
         losses(batch, draw) is the unweighted loss of each sample, (B,).
         """
@@ -96,7 +95,7 @@ class Validator:
             images = self.images(self.requests if adherence else self.requests[:PREVIEWS])
             for name, measure in self.measures.items() if adherence else ():
                 hints = [request.hints[name] for request in self.requests]
-                figures |= {f"val/{name}_{key}": value for key, value in measure(images, hints).items()}
+                figures |= {f"{self.named}{name}_{key}": value for key, value in measure(images, hints).items()}
             if previews:
                 self.grid(step, images)
         shown = {key: round(value, 4) for key, value in figures.items() if "/loss_" not in key}
@@ -122,7 +121,8 @@ class Validator:
                 draw = validation_draw(self.config, first, count, latent, noising, band, BANDS)
                 sums[band] += losses(batch, draw).double().sum().cpu()
         means = sums / len(self.held_out)
-        return {"val/loss": float(means.mean()), **{f"val/loss_{b}": float(m) for b, m in enumerate(means)}}
+        bands = {f"{self.named}loss_{band}": float(value) for band, value in enumerate(means)}
+        return {f"{self.named}loss": float(means.mean()), **bands}
 
     def grid(self, step: int, images: Sequence[np.ndarray]) -> None:
         """samples/preview/step-N.png: base on the left, hints, tuned on the right."""
@@ -131,5 +131,5 @@ class Validator:
             rows.append([base, *request.hints.values(), image])
             captions.append(request.prompt[:70])
         headings = ["base", *self.requests[0].hints, "tuned"]
-        image = sheet(rows, headings, captions, f"{self.run.name}, step {step}")
+        image = sheet(rows, headings, captions, f"{self.run.title}, step {step}")
         save_png(image, self.run.samples / "preview" / f"step-{step}.png")

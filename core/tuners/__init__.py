@@ -23,7 +23,7 @@ from ..config import (
     TrainConfig,
     build,
 )
-from ..errors import unknown
+from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from .base import Tuner
@@ -175,3 +175,12 @@ def with_learning_rate(config: TrainConfig) -> TrainConfig:
 def method_config(name: str, values: Mapping[str, Any]) -> Config:
     """The settings of method `name`, validated. Raises `UsageError` for an unknown method or key, or a wrong value."""
     return build(find_method(name).config, values, f"{name} ")
+
+
+def check_routing(config: TrainConfig) -> None:
+    """Raises `UsageError` for tasks with a method that cannot tell the samples of a batch apart. Imports torch then."""
+    if config.tasks and not tuner_class(config.method).routes:
+        raise UsageError(
+            f"--tasks: method {config.method} changes the denoiser for a whole batch, which tasks cannot share. "
+            "Train each in a run of its own."
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..errors import unknown
+from ..errors import UsageError, unknown
 from ..sites.attaching import Removable, all_or_none
 from ..sites.site import Call, Features, Inputs
 from ..sites.wiring import Attached, Wiring
@@ -32,6 +32,8 @@ class Tuner(nn.Module):
     """Its name in `TUNERS`."""
     needs_autocast: ClassVar[bool] = False
     """The denoiser's own layers compute with the float32 weights, so reduced precision needs autocast."""
+    routes: ClassVar[bool] = False
+    """It can act on some samples of a batch and leave the others alone; then `act` takes a `task`."""
 
     def __init__(self, config: Config, conditions: tuple[str, ...] = (), vae_scale: int = 8) -> None:
         """A method's own class takes (config, denoiser, conditions, vae_scale); see `build`."""
@@ -86,13 +88,20 @@ class Tuner(nn.Module):
         scale: float = 1.0,
         weights: Mapping[str, float] | None = None,
         normalize: bool | None = None,
+        task: str | None = None,
     ) -> Removable:
-        """Makes `denoiser` use this tuner until the value returned is removed. See `sites.attaching.attach`."""
+        """Makes `denoiser` use this tuner until the value returned is removed. See `sites.attaching.attach`.
+
+        Raises `UsageError` for a `task` where the method cannot tell the samples of a batch apart.
+        """
+        if task is not None and not self.routes:
+            raise UsageError(f"method {self.method} changes the denoiser for a whole batch and cannot have a task.")
+        routing = {} if task is None else {"task": task}
         steps: list[Callable[[], Removable]] = [
-            partial(self.act, denoiser, scale=scale, weights=weights, normalize=normalize)
+            partial(self.act, denoiser, scale=scale, weights=weights, normalize=normalize, **routing)
         ]
         if self.new_classes is not None:
-            steps.append(partial(Wiring.add, denoiser, self.new_classes, scale, {}, True))
+            steps.append(partial(Wiring.add, denoiser, self.new_classes, scale, {}, True, task))
         return all_or_none(steps)
 
     def act(
@@ -113,6 +122,7 @@ class SiteTuner(Tuner):
     `weights` are the weights of its conditions (alpha) and `normalize` whether they are scaled to a sum of 1.
     """
 
+    routes = True
     reads_inputs: ClassVar[bool] = False
     """`encode` reads latents, timestep and text; then nothing is cached over sampling steps."""
     sites: Sequence[Any]
@@ -152,10 +162,11 @@ class SiteTuner(Tuner):
         scale: float = 1.0,
         weights: Mapping[str, float] | None = None,
         normalize: bool | None = None,
+        task: str | None = None,
     ) -> Attached:
         """Joins the denoiser's wiring. Raises `SctoolError` when a site is not there or the tuner is attached."""
         weights = {**self.weights, **(weights or {})}
-        return Wiring.add(denoiser, self, scale, weights, self.normalize if normalize is None else normalize)
+        return Wiring.add(denoiser, self, scale, weights, self.normalize if normalize is None else normalize, task)
 
 
 def known_conditions(names: Mapping[str, Any], conditions: tuple[str, ...]) -> None:

@@ -143,12 +143,13 @@ class PeftTuner(SiteTuner):
         scale: float = 1.0,
         weights: Mapping[str, float] | None = None,
         normalize: bool | None = None,
+        task: str | None = None,
     ) -> Attachment:
         """As `SiteTuner.act`. A tuner is on one denoiser at a time, whose weights it reads.
 
         Raises `SctoolError` for a denoiser with other layers.
         """
-        hook = partial(super().act, denoiser, scale=scale, weights=weights, normalize=normalize)
+        hook = partial(super().act, denoiser, scale=scale, weights=weights, normalize=normalize, task=task)
         return all_or_none([partial(Wrapping, self.adapted, denoiser), hook])
 
     def edited(self, site: Layer, x: Tensor, call: Call) -> Tensor:

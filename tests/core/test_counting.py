@@ -105,7 +105,9 @@ def test_variants_that_a_base_does_not_allow_are_left_out_and_the_rest_counted()
     base = Architecture("own", {"_class_name": "UNet2DConditionModel", **small}, 8)
     rows = {row.variant.label: row for row in counts(base)}
     variants = [variant for method in TUNERS.values() for variant in method.variants]
-    fitting = [v.label for v in variants if "skips" not in v.settings and "blocks" not in (v.settings.get("layers") or ())]
+    fitting = [
+        v.label for v in variants if "skips" not in v.settings and "blocks" not in (v.settings.get("layers") or ())
+    ]
     assert [label for label in rows if label in fitting] == fitting
     assert not [label for label in rows if "skips" in label], "this base has four skips"
     total = sum(p.numel() for p in base.denoiser().parameters())

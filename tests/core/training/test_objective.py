@@ -34,7 +34,7 @@ class Recorder(nn.Module):
         self.prediction = prediction
         self.hints: dict[str, torch.Tensor] | None = None
 
-    def forward(self, latents, t, rows, hints=None, kept=None):
+    def forward(self, latents, t, rows, hints=None, kept=None, tasks=None):
         self.latents, self.t, self.rows, self.hints, self.kept = latents, t, rows, hints, kept
         return self.prediction
 
@@ -181,7 +181,7 @@ def test_low_precision_inputs_and_autocast():
     seen = []
 
     class Net(nn.Module):
-        def forward(self, latents, t, rows, hints=None, kept=None):
+        def forward(self, latents, t, rows, hints=None, kept=None, tasks=None):
             seen.append((latents.dtype, rows["prompt_embeds"].dtype, torch.is_autocast_enabled("cpu")))
             return latents
 

@@ -83,7 +83,14 @@ class Steps:
         self.training = SimpleNamespace(
             config=self.config,
             accelerator=Accelerator(),
-            data=SimpleNamespace(train=images, latent_shape=images.latent_shape),
+            lanes=[
+                SimpleNamespace(
+                    name=None,
+                    config=self.config,
+                    data=SimpleNamespace(train=images, latent_shape=images.latent_shape),
+                    parameters=[self.weight],
+                )
+            ],
             start=start,
             net=nn.Identity(),
             noising=NOISING,
@@ -255,11 +262,11 @@ def test_a_state_restores_weights_moments_average_scale_and_the_losses_not_yet_l
     run, (net, optimizer, ema) = Run(tmp_path), stepped(0, 3)
     scale = torch.amp.GradScaler("cpu", init_scale=32.0)
     scale.scale(torch.ones(()))  # makes the scale
-    save_state(run, 3, net, optimizer, ema, scale, 2, [0.5, 0.25])
+    save_state(run, 3, net, optimizer, ema, scale, 2, [[0.5], [0.25]])
     other, others_optimizer, others_ema = stepped(1, 1)
     frozen = other.frozen.clone()
     restored = scaler(True)
-    assert load_state(run, other, others_optimizer, others_ema, restored) == (3, [0.5, 0.25])
+    assert load_state(run, other, others_optimizer, others_ema, restored) == (3, [[0.5], [0.25]])
     assert restored.state_dict()["scale"] == 32.0
     assert others_ema.optimization_step == ema.optimization_step == 3
     for mine, theirs in zip(net.trained(), other.trained(), strict=True):
@@ -308,12 +315,12 @@ def test_the_state_of_another_tuner_is_refused(tmp_path: Path) -> None:
 
 def test_a_row_shows_the_mean_loss_since_the_row_before() -> None:
     meter = LossMeter(Accelerator(), [1.0, 2.0])  # pyright: ignore[reportArgumentType]
-    meter.add(torch.tensor(6.0))
-    assert meter.since_last_row() == [1.0, 2.0, 6.0]
-    assert meter.mean() == (3.0, 3)
+    meter.add(torch.tensor([6.0]))
+    assert meter.since_last_row() == [[1.0], [2.0], [6.0]], "older states hold numbers"
+    assert meter.mean() == ([3.0], 3)
     assert meter.since_last_row() == []
-    meter.add(torch.tensor(5.0))
-    assert meter.mean() == (5.0, 1)
+    meter.add(torch.tensor([5.0, 7.0]))
+    assert meter.mean() == ([5.0, 7.0], 1)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
