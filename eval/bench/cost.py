@@ -21,7 +21,8 @@ from ...core.errors import UsageError
 from ...core.measure import PATIENCE, REPEATS, PeakMemory, in_turns
 from ...core.runs import Run
 from ...core.sampling import sample_batch
-from ...core.training.setup import Data, added_classes, build_tuner, load_for_training, set_up
+from ...core.training.lanes import Data, Lane, TaskSet
+from ...core.training.setup import added_classes, build_tuner, load_for_training, set_up
 from ...core.training.trainer import Trainer
 from ...core.tuners import method_config, tuner_class
 from ..profile import parameters
@@ -63,7 +64,8 @@ class Contender:
         endless = config.model_copy(update={"steps": 10**9})  # however many are timed
         nowhere = Run(shop.out / "cost")  # no such run: nothing to resume
         tuner = build_tuner(config, self.backbone)
-        self.training = set_up(endless, nowhere, self.backbone, data, tuner, accelerator, precision)
+        lane = Lane(None, endless, nowhere, self.backbone, data, tuner, TaskSet(shop.source))
+        self.training = set_up(endless, nowhere, self.backbone, [lane], accelerator, precision)
         self.trainer, self.number = Trainer(self.training), count()
 
     def step(self) -> float:
