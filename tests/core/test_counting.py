@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sctool.cli import run
 from sctool.cli.methods import methods
 from sctool.core.backbones.architectures import Architecture, architecture
-from sctool.core.counting import count, counts
+from sctool.core.counting import class_row, count, counts
 from sctool.core.errors import UsageError
 from sctool.core.tuners import TUNERS
 
@@ -132,3 +133,20 @@ def test_a_step_of_sc_tuner_takes_at_most_61_percent_of_full_fine_tunings_flops(
     full, tuner = (benchmark.counted(sd15, benchmark.METHODS[name], 64, memory=False) for name in ("full", "SC-Tuner"))
     assert full["gflop"] == pytest.approx(2469.8, abs=0.1)
     assert tuner["gflop"] <= 0.61 * full["gflop"]
+
+
+def test_a_new_class_adds_a_row_of_each_table() -> None:
+    assert class_row(architecture("dit-xl-2")) == 1152
+    assert class_row(architecture("sd15")) == 0
+
+
+def test_counts_are_per_task_and_are_never_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods", "--base", "dit-xl-2", "--tasks", "10"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.split()[:2] == ["DiffScaler", "diffscaler"])
+    assert row.split()[2:] == ["48,674,445", "7.21", "486,744,450"]
+    assert "adds 1,152" in out
+    assert run(["methods", "--base", "dit-xl-2", "--tasks", "10", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["tasks"], shown["new_class"]) == (10, 1152)
+    assert shown["methods"][0]["stored"] == 6_748_347_200
