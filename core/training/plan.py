@@ -19,7 +19,7 @@ from ..tasks import task_configs
 from ..tuners import check_routing
 from ..tuners.base import Tuner
 from .lanes import TaskSet
-from .setup import added_classes, build_model, build_tuner
+from .setup import added_classes, build_model, build_tuner, check_mask
 from .splits import split_records
 
 ADAM_STATES = 4  # float32 numbers per trained weight: the weight, its gradient, AdamW's two moments
@@ -58,6 +58,7 @@ def plan_tasks(config: TrainConfig, sets: Mapping[str | None, TaskSet], *, offli
     device = torch.device(best_device())
     precision = choose_precision(config.precision, device)
     backbone = load_backbone(config.base, vae_dtype=autoencoder_dtype(device), offline=offline)  # as the cache has it
+    check_mask(config, backbone)
     size = config.size or backbone.resolution
     backbone.check_size(size)
     width = torch.finfo(torch_dtype(precision)).bits // 8

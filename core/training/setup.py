@@ -189,8 +189,6 @@ def set_up(
     config: TrainConfig, run: Run, backbone: Backbone, lanes: list[Lane], accelerator: Accelerator, precision: str
 ) -> Training:
     """Attaches the tuners, makes optimizer and objective, and restores the newest state."""
-    if config.mask and backbone.family.token_layers(backbone.denoiser) is None:
-        raise UsageError(f"mask={config.mask} leaves out tokens, but {config.base} has none: it is not a transformer.")
     device, config = accelerator.device, with_learning_rate(config)
     lr = config.lr or 0.0
     tuners = [lane.tuner for lane in lanes]
@@ -227,6 +225,14 @@ def set_up(
 
 
 def load_for_training(config: TrainConfig, device: torch.device, offline: bool) -> tuple[Backbone, str]:
-    """The base in the run's precision, and that precision."""
+    """The base in the run's precision, and that precision. Raises `UsageError` for a mask on a base without tokens."""
     precision = choose_precision(config.precision, device)
-    return load_backbone(config.base, dtype=torch_dtype(precision), device=device, offline=offline), precision
+    backbone = load_backbone(config.base, dtype=torch_dtype(precision), device=device, offline=offline)
+    check_mask(config, backbone)
+    return backbone, precision
+
+
+def check_mask(config: TrainConfig, backbone: Backbone) -> None:
+    """Raises `UsageError` for a mask on a base without tokens."""
+    if config.mask and backbone.family.token_layers(backbone.denoiser) is None:
+        raise UsageError(f"mask={config.mask} leaves out tokens, but {config.base} has none: it is not a transformer.")

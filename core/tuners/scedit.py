@@ -255,7 +255,10 @@ def known_skips(denoiser: nn.Module) -> list[Skip]:
     try:
         return skips(denoiser)
     except SctoolError as error:
-        raise DoesNotFit(str(error)) from error
+        raise DoesNotFit(
+            f"scedit edits skip connections, and a {type(denoiser).__name__} has none that can be edited. "
+            "Methods for every denoiser are diffscaler and lora."
+        ) from error
 
 
 def select(sites: list[Skip], chosen: tuple[int, ...] | None) -> list[Skip]:
