@@ -189,10 +189,13 @@ def counted(base: Architecture, build: Build, side: int, memory: bool = True) ->
     with torch.device("meta"):
         method = build(base.denoiser())
     with FakeTensorMode():
+        fakes: dict[nn.Parameter, nn.Parameter] = {}  # one in two modules stays one
         for module in method.modules():  # meta weights would select attention's slow path; fake CPU weights do not
             for name, p in module._parameters.items():
                 if p is not None:
-                    module._parameters[name] = nn.Parameter(torch.empty(p.shape), p.requires_grad)
+                    if p not in fakes:
+                        fakes[p] = nn.Parameter(torch.empty(p.shape), p.requires_grad)
+                    module._parameters[name] = fakes[p]
             for name, buffer in module._buffers.items():
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
         one, two = (example(base, side, batch) for batch in (1, 2))
@@ -333,13 +336,13 @@ TRANSFORMER_PROTOCOL = (
 
 
 def transformer_verdicts(figures: dict[str, dict[str, float]]) -> list[str]:
-    """One line per limit: the counted ratio to full fine-tuning, and whether the limit is met."""
+    """One line per limit: the counted ratio to full fine-tuning in two digits, and whether the limit is met."""
     lines = []
     for name, limits in TRANSFORMER_LIMITS.items():
         for key, limit in limits.items():
-            value = figures[name][key] / figures[FULL][key]
+            value = round(figures[name][key] / figures[FULL][key], 2)
             what = {"saved_mb": "saved activations", "gflop": "FLOPs"}[key]
-            lines.append(f"{what}, {name} / full: {value:.3f}, limit {limit}: {'met' if value <= limit else 'MISSED'}")
+            lines.append(f"{what}, {name} / full: {value:.2f}, limit {limit}: {'met' if value <= limit else 'MISSED'}")
     return lines
 
 

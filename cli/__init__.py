@@ -11,6 +11,7 @@ import typer
 
 from ..core.errors import SctoolError
 from .annotate import annotate
+from .bench import app as bench
 from .compare import compare
 from .evaluate import evaluate
 from .methods import methods
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in (annotate, train, sample, evaluate, compare, methods):
     app.command(cls=Command, no_args_is_help=command is annotate)(command)
+app.add_typer(bench, name="bench")
 app.add_typer(weights, name="weights")
 
 

@@ -8,25 +8,32 @@ from typing import Annotated
 import typer
 
 
+WIDTH = 100
+"""Columns of the table: figures are never cut off, also where a terminal is narrower."""
+
+
 def methods(
-    base: Annotated[str, typer.Option(help="sd15, sd21, sdxl, mini, or a diffusers-format folder.")] = "sd15",
+    base: Annotated[
+        str, typer.Option(help="sd15, sd21, sdxl, dit-xl-2, mini, mini-dit, or a diffusers-format folder.")
+    ] = "sd15",
+    tasks: Annotated[int, typer.Option(min=1, help="Also count what this many tasks on one base store together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """List the methods with exact trainable parameters on a base. Reads no weights.
+    """List the methods with exact trainable parameters on a base, per task. Reads no weights.
 
     Examples:
 
-      sctool methods --base sdxl
+      sctool methods --base dit-xl-2 --tasks 10
 
       sctool methods --base ./sd15 --json
     """
     from ..core.backbones.architectures import architecture
-    from ..core.counting import counts
+    from ..core.counting import class_row, counts
 
     shapes = architecture(base)
-    rows = counts(shapes)
+    rows, new_class = counts(shapes), class_row(shapes)
     if not as_json:
-        _show(base, rows)
+        _show(base, rows, tasks, new_class)
         return
     table = [
         {
@@ -36,13 +43,15 @@ def methods(
             "conditions": row.variant.conditions,
             "trainable": row.trainable,
             "percent": round(row.percent, 4),
+            "stored": row.trainable * tasks,
         }
         for row in rows
     ]
-    print(json.dumps({"base": base, "family": shapes.family.name, "methods": table}))
+    family = shapes.family.name
+    print(json.dumps({"base": base, "family": family, "tasks": tasks, "new_class": new_class, "methods": table}))
 
 
-def _show(base: str, rows: list) -> None:
+def _show(base: str, rows: list, tasks: int, new_class: int) -> None:
     """The counts and what the methods are, as a table on stdout."""
     from rich import box
     from rich.console import Console
@@ -53,11 +62,14 @@ def _show(base: str, rows: list) -> None:
     table = Table(title=f"Trainable parameters on {base}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("variant", no_wrap=True)
     table.add_column("--method")
-    for name in ("trainable", "% of base"):
+    for name in ("trainable", "% of base", *([f"{tasks} tasks"] if tasks > 1 else [])):
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(row.variant.label, row.method, f"{row.trainable:,}", f"{row.percent:.2f}")
-    console = Console()
+        stored = [f"{row.trainable * tasks:,}"] if tasks > 1 else []
+        table.add_row(row.variant.label, row.method, f"{row.trainable:,}", f"{row.percent:.2f}", *stored)
+    console = Console(width=max(Console().width, WIDTH))
     console.print(table)
+    if new_class:
+        console.print(f"Every class that the base does not know adds {new_class:,}.", highlight=False)
     for name, row in TUNERS.items():
         console.print(f"{name}: {row.summary} ({row.paper})", highlight=False, soft_wrap=True)

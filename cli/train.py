@@ -139,7 +139,7 @@ def check_names(settings: TrainConfig) -> None:
 
     method_config(settings.method, settings.tuner)
     if settings.conditions and not TUNERS[settings.method].takes_conditions:
-        able = ", ".join(name for name, method in TUNERS.items() if method.takes_conditions)
+        able = " or ".join(name for name, method in TUNERS.items() if method.takes_conditions)
         raise UsageError(f"--method {settings.method} takes no condition maps. Drop --cond, or use --method {able}.")
     for name in settings.conditions:
         if name not in ANNOTATORS and not settings.maps and settings.data == "photos":

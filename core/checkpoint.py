@@ -139,6 +139,8 @@ def load_tuner(path: str | Path, target: Backbone | nn.Module, force: bool = Fal
         tuner.load_state_dict(load_file(file))
     except Exception as error:
         raise SctoolError(f"tuner '{file}' cannot be read: {error}. The file is damaged.") from error
+    if hasattr(target, "denoiser"):
+        tuner.use(target)
     return tuner
 
 

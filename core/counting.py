@@ -39,6 +39,13 @@ def count(base: Architecture, method: str, variant: Variant, denoiser: nn.Module
     return parameters(tuner_class(method).build(config, denoiser, conditions, base.vae_scale))
 
 
+def class_row(base: Architecture) -> int:
+    """What a class that the base does not know adds to a tuner; 0 for bases that are conditioned on text."""
+    from .sites.inputs import class_tables
+
+    return sum(table.width for table in class_tables(base.denoiser())) if base.family.by_class else 0
+
+
 def counts(base: Architecture) -> list[Count]:
     """The variants of all methods on `base`; one that edits a site which the base does not have is left out."""
     denoiser = base.denoiser()

@@ -22,6 +22,10 @@ class DoesNotFit(UsageError):
     """Settings that a denoiser does not allow, such as a skip that it does not have."""
 
 
+class Diverged(SctoolError):
+    """The loss of a training is no longer a finite number."""
+
+
 class Interrupted(SctoolError):
     """SIGINT (exit code 130) or SIGTERM (143) ended the work after saving; the message says how to continue."""
 

@@ -170,20 +170,23 @@ def open_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:
     run = Run(Path(out) / (name or default_name(config)))
     if name and (run.path.name != name or name in (".", "..")):
         raise UsageError(f"--name {name}: a run name is a single folder name; use --out for the folder of runs.")
-    if (run.path / "config.yaml").is_file():
-        old, new = run.config.model_dump(mode="json"), config.model_dump(mode="json")
-        fixed = new.keys() - free_keys(config)
-        changed = [f"{k} ({old[k]} before, {new[k]} now)" for k in new if old[k] != new[k] and k in fixed]
-        if changed:
-            raise UsageError(
-                f"run '{run.name}' exists with other settings: {', '.join(changed)}. Choose another --name."
-            )
+    if changed := changed_settings(run, config):
+        raise UsageError(f"run '{run.name}' exists with other settings: {', '.join(changed)}. Choose another --name.")
     done = max((int(state.name[5:]) for state in run.states()), default=0)
     if done > config.steps:
         raise UsageError(f"run '{run.name}' has done {done} steps already, more than steps={config.steps}. Use --name.")
     write_text(run.path / "config.yaml", to_yaml(config))
     write_json(run.path / "env.json", environment())
     return run
+
+
+def changed_settings(run: Run, config: TrainConfig) -> list[str]:
+    """The settings of an existing run that `config` would change and may not, as "lr (0.1 before, 0.2 now)"."""
+    if not (run.path / "config.yaml").is_file():
+        return []
+    old, new = run.config.model_dump(mode="json"), config.model_dump(mode="json")
+    fixed = new.keys() - free_keys(config)
+    return [f"{k} ({old[k]} before, {new[k]} now)" for k in new if old[k] != new[k] and k in fixed]
 
 
 def environment() -> dict[str, Any]:

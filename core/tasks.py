@@ -22,7 +22,9 @@ def read_tasks(path: str | Path) -> list[Any]:
     except OSError as error:
         raise UsageError(f"--tasks {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--tasks {path}: not valid YAML or JSON: {error}") from error
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise UsageError(f"--tasks {path}{line}: not valid YAML or JSON ({str(error).splitlines()[0]}).") from error
     if isinstance(value, Mapping):
         value = [_named(str(name), row, path) for name, row in value.items()]
     if not isinstance(value, list) or not value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,15 @@ def sample_heldout(
     quiet: bool = False,
     offline: bool = False,
     out: Path | None = None,
+    repeat: bool = False,
 ) -> list[Path]:
     """Draws held-out captions with their hints into run/samples/<which>, or `out`/<which>; returns the folders.
 
     Of a run of several tasks, `run` is the part of one: run.of_task(NAME), with its samples in run/samples/NAME.
 
     "base" draws with the untouched base (its hints are saved beside it for comparison), "tuned" with the trained tuner;
-    image i has seed + i in both. Beside the folders, sheet.png shows some images side by side, and heldout.json records
+    image i has seed + i in both. With `repeat`, captions are drawn again with further seeds where there are fewer than
+    `count`. Beside the folders, sheet.png shows some images side by side, and heldout.json records
     how many were requested and drawn. Raises `SctoolError` if the run has no held-out data, and `UsageError` if its
     data is gone.
     """
@@ -76,7 +79,7 @@ def sample_heldout(
     size = sampling.size or config.size or backbone.resolution
     sampling = sampling.model_copy(update={"size": size})
     prompt = backbone.family.prompt_rule(config.trigger, config.caption)
-    requests = heldout_requests(run, size, prompt, count, seed, quiet)
+    requests = heldout_requests(run, size, prompt, count, seed, quiet, repeat)
     progress = Progress(quiet)
     folders, parent = [], out or run.samples
     (parent / COUNTS).unlink(missing_ok=True)
@@ -99,10 +102,13 @@ def sample_heldout(
     return folders
 
 
-def heldout_requests(run: Run, size: int, prompt: Prompt, count: int, seed: int, quiet: bool) -> list[Request]:
+def heldout_requests(
+    run: Run, size: int, prompt: Prompt, count: int, seed: int, quiet: bool, repeat: bool = False
+) -> list[Request]:
     """Up to `count` held-out captions with hints and reference images at `size` px; image i has seed + i.
 
-    Images and maps that cannot be read are left out. Raises `SctoolError` if nothing is left.
+    Images and maps that cannot be read are left out; with `repeat` the others are requested again, in order, until
+    there are `count`. Raises `SctoolError` if nothing is left.
     """
     config = run.config
     source, held_out, _ = open_training_sets(config, size, prompt=prompt, quiet=quiet)
@@ -118,6 +124,10 @@ def heldout_requests(run: Run, size: int, prompt: Prompt, count: int, seed: int,
         requests.append(Request(prompt(record), position, hints, reference, record.key, record.label, maps))
     if not requests:
         raise SctoolError(f"{run.path}: its data has no held-out images to sample; pass --val-data when training.")
+    if repeat:
+        different = len(requests)
+        for index in range(different, count):
+            requests.append(replace(requests[index % different], seed=seed + index))
     return requests
 
 

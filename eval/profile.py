@@ -134,6 +134,5 @@ def parameters(denoiser: torch.nn.Module, tuner: Any) -> dict[str, int]:
         "trainable": own,
         "stored": sum(value.numel() for value in tuner.state_dict().values()),
         "base": base,
-        # Weights that replace the denoiser's are not added to them.
-        "total": base if tuner.replaces_weights else base + own,
+        "total": base + own - tuner.replaced(),
     }

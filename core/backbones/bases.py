@@ -17,7 +17,7 @@ from ..files import sha256
 from .families import Family, family_of_pipeline
 
 ASSETS = Path(__file__).parents[1] / "assets"
-EMBEDDED = {"mini": ASSETS / "mini"}
+EMBEDDED = {name: ASSETS / name for name in ("mini", "mini-dit")}
 
 
 def find_base(base: str, offline: bool = False) -> Path:

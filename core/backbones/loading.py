@@ -150,7 +150,7 @@ class Backbone:
 
     def free_encoders(self) -> None:
         """Drops the conditioning encoders and moves the autoencoder to the CPU, once latents and rows are cached."""
-        self.vae.to("cpu", torch.float32)  # CPUs are slow in bfloat16, and from here on it only decodes
+        self.vae.to("cpu", torch.float32)  # CPUs are slow in bfloat16, and from here on it has little to do
         for name in self.family.conditioner_parts:
             if getattr(self.pipe, name, None) is not None:
                 self.pipe.register_modules(**{name: None})

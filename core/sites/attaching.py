@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -54,6 +55,18 @@ class Attachment:
     remove = detach
 
 
+def all_or_none(steps: Iterable[Callable[[], Removable]]) -> Attachment:
+    """Attaches with every step in turn; when one raises, those before it are taken off again."""
+    attachment = Attachment([])
+    try:
+        for step in steps:
+            attachment.also(step())
+    except BaseException:
+        attachment.detach()
+        raise
+    return attachment
+
+
 def attach(
     target: Any,
     *tuners: Attachable,
@@ -81,15 +94,10 @@ def attach(
     for name in weights or ():
         if name not in known:
             raise unknown("condition", name, known)
-    attachment = Attachment([])
-    try:
-        for tuner, scale, task in zip(tuners, strengths, names, strict=True):
-            part = tuner.attach(denoiser, scale=float(scale), weights=weights, normalize=normalize, task=task)
-            attachment.also(part)
-    except BaseException:
-        attachment.detach()
-        raise
-    return attachment
+    return all_or_none(
+        partial(tuner.attach, denoiser, scale=float(scale), weights=weights, normalize=normalize, task=task)
+        for tuner, scale, task in zip(tuners, strengths, names, strict=True)
+    )
 
 
 @contextmanager

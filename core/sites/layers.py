@@ -57,7 +57,7 @@ class _LayerHook:
 
     def edit(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """The edited output, given the layer's input."""
-        return self.layer.edited(output, args[0])
+        return self.layer.edited(output, args[0], layer)
 
 
 def find_module(denoiser: nn.Module, name: str) -> nn.Module:

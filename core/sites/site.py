@@ -20,8 +20,8 @@ class SiteEdit(Protocol):
 
     site: Any
 
-    def edited(self, x: Tensor, given: Tensor | None = None) -> Tensor:
-        """The edited value of the site; `given` is what the site's module was called with."""
+    def edited(self, x: Tensor, given: Tensor | None = None, module: nn.Module | None = None) -> Tensor:
+        """The edited value of the site; `given` is what the site's `module` was called with."""
         ...
 
     def refuse_overlap(self) -> None:
@@ -43,12 +43,15 @@ class Call:
     """What a tuner knows of one call of the denoiser.
 
     `features` is what its `encode` returned, {} without hints; `alphas` is the weight of every condition in it.
-    `given` is the input of the module at layer sites and the ids at class rows.
+    `given` is the input of the module at layer sites and the ids at class rows; `module` is the layer at layer sites.
+    `scratch` is for the tuner's own use, one for all sites of the call: what they share is computed once.
     """
 
     features: Features = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     given: Tensor | None = None
+    module: nn.Module | None = None
+    scratch: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,4 +84,8 @@ class Acting(Protocol):
 
     def delta(self, site: Any, x: Tensor, call: Call) -> Tensor | None:
         """What to add to the unedited value x of a site; None for nothing."""
+        ...
+
+    def edited(self, site: Any, x: Tensor, call: Call) -> Tensor | None:
+        """x + delta itself, for a tuner that makes it with less memory than by adding; None for one that does not."""
         ...

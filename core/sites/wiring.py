@@ -55,10 +55,13 @@ class Attached:
     samples: Samples = EVERY
     """Those that it acts on in that call."""
 
-    def delta(self, site: Site, x: Tensor, given: Tensor | None) -> Tensor | None:
+    def seen(self, given: Tensor | None, module: nn.Module | None) -> Call:
+        """The call as the tuner sees it at a site whose `module` was called with `given`."""
+        return replace(self.call, given=None if given is None else self.samples.of(given), module=module)
+
+    def delta(self, site: Site, x: Tensor, given: Tensor | None, module: nn.Module | None) -> Tensor | None:
         """What it adds to its samples of the unedited x (B, ...) of a site; None for nothing."""
-        call = self.call if given is None else replace(self.call, given=self.samples.of(given))
-        delta = self.tuner.delta(site, self.samples.of(x), call)
+        delta = self.tuner.delta(site, self.samples.of(x), self.seen(given, module))
         return None if delta is None else (delta if self.scale == 1 else self.scale * delta).to(x.dtype)
 
     def remove(self) -> None:
@@ -77,14 +80,28 @@ class Edit:
         self.site = site
         self.acting: list[Attached] = []
 
-    def edited(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+    def edited(self, x: Tensor, given: Tensor | None = None, module: nn.Module | None = None) -> Tensor:
         """x plus every acting tuner's delta of the unedited x, at its samples; x itself where none adds anything."""
+        active = self.active()
+        out = self._by_the_only_one(x, active, given, module)
+        if out is not None:
+            return out
         out = x
-        for one in self.active():
-            delta = one.delta(self.site, x, given)
+        for one in active:
+            delta = one.delta(self.site, x, given, module)
             if delta is not None:
                 out = one.samples.added(out, delta, x)
         return out
+
+    def _by_the_only_one(
+        self, x: Tensor, active: Sequence[Attached], given: Tensor | None, module: nn.Module | None
+    ) -> Tensor | None:
+        """The edited value as the only tuner here makes it, to save memory in training; None: add the deltas."""
+        if len(active) != 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        [one] = active
+        whole = one.scale == 1 and one.samples.rows is None
+        return one.tuner.edited(self.site, x, one.seen(given, module)) if whole else None
 
     def active(self) -> list[Attached]:
         """The tuners that act in the call under way."""

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..errors import SctoolError
+from ..errors import Diverged
 from ..runs import Run
 
 
@@ -81,9 +81,9 @@ class LossMeter:
 
 
 def refuse_divergence(loss: float, step: int, run: Run) -> None:
-    """Raises `SctoolError` when the loss is not finite."""
+    """Raises `Diverged` when the loss is not finite."""
     if not math.isfinite(loss):
-        raise SctoolError(
+        raise Diverged(
             f"the loss became {loss} near step {step}; {run.path} keeps its last good state. "
             "Start again under another --name with a lower lr or precision=fp32."
         )

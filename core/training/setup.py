@@ -93,9 +93,11 @@ def build_tuner(config: TrainConfig, backbone: Backbone, task: str | None = None
     settings = method_config(config.method, config.tuner)
     if not config.init:
         torch.manual_seed(config.seed)
-        return tuner_class(config.method).build(
+        tuner = tuner_class(config.method).build(
             settings, backbone.denoiser, config.conditions, backbone.vae_scale, backbone.classes
         )
+        tuner.use(backbone)
+        return tuner
     tuner = load_tuner(init_file(config.init, task), backbone)
     same = tuner.config == settings or not config.tuner
     if tuner.method != config.method or tuple(tuner.conditions) != config.conditions or not same:

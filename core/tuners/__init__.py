@@ -10,7 +10,19 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config, FullConfig, SCEditConfig, TrainConfig, build
+from ..config import (
+    BitFitConfig,
+    Config,
+    DiffFitConfig,
+    DiffScalerConfig,
+    DoRAConfig,
+    FullConfig,
+    LoKrConfig,
+    LoRAConfig,
+    SCEditConfig,
+    TrainConfig,
+    build,
+)
 from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -65,6 +77,37 @@ SCEDIT_VARIANTS = (
 )
 """The settings of SCEdit's tables 1, 2, 5 and 6, and our heads."""
 
+OF_TRANSFORMERS = ["blocks", "final_norm"]
+
+DIFFSCALER_VARIANTS = (
+    Variant("DiffScaler"),
+    Variant("DiffScaler, q, k, v separate", {"layers": OF_TRANSFORMERS, "qkv": "separate"}),
+    *(
+        Variant(
+            f"DiffScaler, low-rank only, d = {dim}",
+            {"layers": OF_TRANSFORMERS, "dim": dim, "scale": False, "shift": "none", "gate": False},
+        )
+        for dim in (64, 1, 4, 16)
+    ),
+    Variant("DiffScaler, scale only, blocks", {"layers": ["blocks"], "dim": 0, "shift": "none"}),
+    Variant("DiffScaler, shift only, blocks", {"layers": ["blocks"], "dim": 0, "scale": False}),
+    Variant("DiffScaler, whole denoiser", {"layers": ["whole"]}),
+    Variant("DiffScaler, branch biases", {"branch_bias": True, "shift": "biased"}),
+    Variant("DiffScaler, 1 condition", {}, 1),
+    Variant("DiffScaler, 1 condition by its latent", {"hint": "vae"}, 1),
+)
+"""DiffScaler's tables 1 and 3 on a transformer, table 2 on a U-Net, and what the paper leaves open."""
+
+
+def low_rank(name: str) -> tuple[Variant, ...]:
+    """The default, and DiffScaler's rank on the attention and on the layers that DiffScaler adapts."""
+    return (
+        Variant(name),
+        Variant(f"{name}, rank 64", {"rank": 64}),
+        Variant(f"{name}, rank 64, DiffScaler's layers", {"rank": 64, "layers": None}),
+    )
+
+
 TUNERS: dict[str, Method] = {
     "full": Method(
         FullConfig, ".full", "Full", "trains every weight of the denoiser", "baseline", False,
@@ -76,6 +119,38 @@ TUNERS: dict[str, Method] = {
         "edits the skip connections: SC-Tuner without conditions, CSC-Tuner with them",
         "Jiang et al. 2023, arXiv 2312.11392", True,
         1e-4, "twice the paper's 5e-5, for single GPUs and short runs", SCEDIT_VARIANTS,
+    ),
+    "diffscaler": Method(
+        DiffScalerConfig, ".diffscaler", "DiffScaler",
+        "scales and shifts the layers' outputs and adds a low-rank branch to each",
+        "Nair et al. 2024, arXiv 2404.09976", True,
+        1e-3, "the paper, section 4.2", DIFFSCALER_VARIANTS,
+    ),
+    "bitfit": Method(
+        BitFitConfig, ".bitfit", "BitFit", "trains the biases", "Ben Zaken et al. 2022, arXiv 2106.10199", False,
+        1e-3, "DiffFit-pytorch's, which also trains BitFit",
+        (Variant("BitFit"), Variant("BitFit, DiT blocks only", {"layers": ["blocks"]})),
+    ),
+    "difffit": Method(
+        DiffFitConfig, ".difffit", "DiffFit", "trains biases, norms and scale factors of the blocks' outputs",
+        "Xie et al. 2023, arXiv 2304.06648", False,
+        1e-3, "DiffFit-pytorch's: ten times pre-training's 1e-4, as the paper advises", (Variant("DiffFit"),),
+    ),
+    "lora": Method(
+        LoRAConfig, ".peft_layers", "LoRA", "adds low-rank updates to layers, with peft's layers",
+        "Hu et al. 2021, arXiv 2106.09685", False,
+        1e-4, "diffusers' train_text_to_image_lora.py", low_rank("LoRA"),
+    ),
+    "dora": Method(
+        DoRAConfig, ".peft_layers", "DoRA", "LoRA with trained magnitudes of the layers' rows, with peft's layers",
+        "Liu et al. 2024, arXiv 2402.09353", False,
+        1e-4, "diffusers' train_dreambooth_lora_sdxl.py, which has --use_dora", low_rank("DoRA"),
+    ),
+    "lokr": Method(
+        LoKrConfig, ".peft_layers", "LoKr", "adds Kronecker products to layers, with peft's layers",
+        "Yeh et al. 2023 (LyCORIS), arXiv 2309.14859", False,
+        2e-4, "LyCORIS' example lokr_config.toml",
+        (Variant("LoKr"), Variant("LoKr, factor 8", {"decompose_factor": 8})),
     ),
 }  # fmt: skip
 

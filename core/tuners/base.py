@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UsageError, unknown
-from ..sites.attaching import Attachment, Removable
+from ..sites.attaching import Removable, all_or_none
 from ..sites.site import Call, Features, Inputs
 from ..sites.wiring import Attached, Wiring
 from .classes import NewClasses
+
+if TYPE_CHECKING:
+    from ..backbones.loading import Backbone
 
 T = TypeVar("T", bound="Tuner")
 
@@ -28,8 +32,6 @@ class Tuner(nn.Module):
     """Its name in `TUNERS`."""
     needs_autocast: ClassVar[bool] = False
     """The denoiser's own layers compute with the float32 weights, so reduced precision needs autocast."""
-    replaces_weights: ClassVar[bool] = False
-    """Its parameters stand in the place of the denoiser's instead of being added to them."""
     routes: ClassVar[bool] = False
     """It can act on some samples of a batch and leave the others alone; then `act` takes a `task`."""
 
@@ -64,6 +66,13 @@ class Tuner(nn.Module):
                 tuner.new_classes = NewClasses(denoiser, len(classes), vae_scale)
             return tuner.to(device)
 
+    def use(self, backbone: Backbone) -> None:
+        """Told which base it acts on, by all who have more than its denoiser; for a tuner that needs more of it."""
+
+    def replaced(self) -> int:
+        """The number of the denoiser's parameters that its own stand in for; the others are added."""
+        return 0
+
     def describe_sites(self) -> list[str]:
         """Where it acts, in words, for `--dry-run`."""
         raise NotImplementedError
@@ -88,16 +97,12 @@ class Tuner(nn.Module):
         if task is not None and not self.routes:
             raise UsageError(f"method {self.method} changes the denoiser for a whole batch and cannot have a task.")
         routing = {} if task is None else {"task": task}
-        own = self.act(denoiser, scale=scale, weights=weights, normalize=normalize, **routing)
-        if self.new_classes is None:
-            return own
-        parts = Attachment([own])
-        try:
-            parts.also(Wiring.add(denoiser, self.new_classes, scale, {}, True, task))
-        except BaseException:
-            parts.remove()
-            raise
-        return parts
+        steps: list[Callable[[], Removable]] = [
+            partial(self.act, denoiser, scale=scale, weights=weights, normalize=normalize, **routing)
+        ]
+        if self.new_classes is not None:
+            steps.append(partial(Wiring.add, denoiser, self.new_classes, scale, {}, True, task))
+        return all_or_none(steps)
 
     def act(
         self,
@@ -142,6 +147,13 @@ class SiteTuner(Tuner):
     def delta(self, site: Any, x: Tensor, call: Call) -> Tensor | None:
         """What to add to the unedited value x of a site, or None. `call.features` is {} when no hint was given."""
         raise NotImplementedError
+
+    def edited(self, site: Any, x: Tensor, call: Call) -> Tensor | None:
+        """x + delta itself, where the tuner can make it with less memory than by adding; None where it cannot.
+
+        Asked only while training, of the only tuner at a site, at scale 1. Values and gradients are those of x + delta.
+        """
+        return None
 
     def act(
         self,

@@ -38,3 +38,6 @@ class NewClasses(nn.Module):
         assert call.given is not None
         own, rows = call.given - site.rows, self.offsets[self.sites.index(site)]
         return torch.where((own >= 0)[:, None], rows[own.clamp(min=0)], 0).to(x.dtype)
+
+    def edited(self, site: ClassRows, x: Tensor, call: Call) -> None:
+        """Rows are added."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...core.backbones.bases import EMBEDDED
 from ...core.errors import SctoolError, UsageError, unknown
 from ...core.files import sha256
 from .clip_models import MiniClip, OpenClip, TransformersClip, mini_installed, prepared
@@ -160,7 +161,7 @@ def choose_features(
     if kind == "dinov2":
         return DinoFeatures(find_dinov2(weights.get("dinov2"), offline), device)
     available = "inception" in weights or inception_cache().is_file()
-    if kind == "auto" and not available and base == "mini" and mini_installed():
+    if kind == "auto" and not available and base in EMBEDDED and mini_installed():
         note(
             "no Inception weights on this machine: computing 'FD (mini features)' with the embedded CLIP, which is not "
             f"a FID. For FID, download {INCEPTION_URL} and pass it with --weights PATH."

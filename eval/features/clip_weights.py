@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...core.backbones.bases import EMBEDDED
 from ...core.errors import SctoolError, UsageError, unknown
 from .clip_models import ClipModel, MiniClip, OpenClip, TransformersClip, mini_installed
 from .inception import is_offline, offline_reason
@@ -103,7 +104,7 @@ def choose_clip(
         flag = "--clip-model " if purpose is SCORE else purpose.flag
         raise UsageError(f"{flag}{model} contains neither open_clip_config.json nor config.json.")
     name = model or purpose.model
-    if kind == "auto" and not named and base == "mini" and mini_installed():
+    if kind == "auto" and not named and base in EMBEDDED and mini_installed():
         file = find_weights(name, None, offline, local_only=True, purpose=purpose)
         if file is None:
             note(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -77,16 +77,9 @@ def write_html(results: Results, folder: str | Path) -> Path:
 
 def render(results: Results) -> str:
     """The page. Every string in it is escaped; a content security policy blocks anything that slips through."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     main = results.folders[-1] if results.folders else None
     protocols = {f.protocol_id: f.protocol for folder in results.folders for f in folder.figures}
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         target=results.target,
         about=about(results),
         folders=results.folders,
@@ -101,6 +94,18 @@ def render(results: Results) -> str:
         main=main,
         text=text,
     )
+
+
+def template(name: str) -> Template:
+    """A template of this folder; it escapes every string."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def text(value: Any) -> str:
@@ -162,7 +167,13 @@ def grid(folders: list[FolderResults]) -> list[Sample]:
                 cells.append(_file_cell(folder.label, folder, image.file, image))
         cells.append(_file_cell(main.label, main, image.file, image))
         for cond in sorted(main.extract.keys() & image.hints.keys()):
-            cells.append(_cell(f"{cond} of {main.label}", partial(_extracted, main, cond, image), image))
+            cells.append(
+                _cell(
+                    f"{cond} of {main.label}",
+                    partial(_extracted, main, cond, image),
+                    shortened(image.prompt) or image.file,
+                )
+            )
         if image.reference:
             cells.append(_file_cell("reference", main, image.reference, image))
         samples.append(Sample(cells, shortened(image.prompt), image.file))
@@ -199,11 +210,20 @@ def _extreme(folder: FolderResults, figure: Figure, value: float, image: ImageRe
 
 
 def _file_cell(label: str, folder: FolderResults, file: str, image: ImageResult) -> Cell:
-    return _cell(label, partial(read_image, folder.path, file), image)
+    return file_cell(label, folder.path, file, _about(image))
 
 
-def _cell(label: str, read: Callable[[], np.ndarray], image: ImageResult) -> Cell:
-    alt = f"{label}: {shortened(image.prompt) or image.file}"
+def _about(image: ImageResult) -> str:
+    return shortened(image.prompt) or image.file
+
+
+def file_cell(label: str, folder: Path, file: str, about: str) -> Cell:
+    """An image file of a folder, described by its label and what it is about."""
+    return _cell(label, partial(read_image, folder, file), about)
+
+
+def _cell(label: str, read: Callable[[], np.ndarray], about: str) -> Cell:
+    alt = f"{label}: {about}"
     try:
         source, width, height = thumbnail(read())
     except (BadImage, SctoolError) as error:

@@ -2,6 +2,7 @@
 
 python recipes/mini/dit_assemble.py init                    # random transformer: what `sctool train` starts from
 python recipes/mini/dit_assemble.py final --run runs/NAME   # trained transformer, all in fp16, to core/assets/mini-dit
+python recipes/mini/dit_assemble.py card --run runs/NAME    # model card and figures, after dit_quality.py
 """
 
 from __future__ import annotations
@@ -84,17 +85,51 @@ def trained(run: Path) -> Any:
     return backbone.denoiser
 
 
+def card(run: Path, parts: Path, out: Path) -> None:
+    """Writes figures.json, sheet.png and README.md next to the weights in `out`."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line]
+    config, quality = Run(run).config, json.loads((parts / "dit_quality.json").read_text())
+    training = {"steps": config.steps, "batch": config.batch, "lr": config.lr}
+    training["minutes"] = sum(row.get("seconds", 0) for row in rows) / 60
+    shutil.copy(parts / "dit_sheet.png", out / "sheet.png")
+    (out / "figures.json").write_text(json.dumps({"training": training, "quality": quality}, indent=1) + "\n")
+    denoiser, by_class = load_backbone(str(out)).denoiser, quality["class_accuracy_by_class"]
+    with untied(denoiser):
+        stored = sum(p.numel() for p in denoiser.parameters())
+    text = (Path(__file__).parent / "dit_card.md").read_text()
+    text = text.format(
+        **training,
+        mib=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20,
+        millions=sum(p.numel() for p in denoiser.parameters()) / 1e6,
+        stored=stored / 1e6,
+        count=quality["count"],
+        samples=100 * quality["class_accuracy_samples"],
+        real=100 * quality["class_accuracy_real"],
+        frechet=quality["fd_mini"],
+        frechet_real=quality["fd_mini_real"],
+        by_class=", ".join(f"{name} {100 * share:.0f} %" for name, share in by_class.items()),
+        draw_steps=quality["steps"],
+        guidance=quality["guidance"],
+    )
+    (out / "README.md").write_text(text)
+    print(text)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("init", "final"))
-    parser.add_argument("--run", type=Path, help="run folder (for final)")
-    parser.add_argument("--out", default=ASSETS, type=Path, help="output folder of final")
+    parser.add_argument("stage", choices=("init", "final", "card"))
+    parser.add_argument("--parts", default="work/mini", type=Path, help="folder of dit_quality.py's results (for card)")
+    parser.add_argument("--run", type=Path, help="run folder (for final and card)")
+    parser.add_argument("--out", default=ASSETS, type=Path, help="output folder of final and card")
     args = parser.parse_args()
     if args.stage == "init":
         torch.manual_seed(0)
         save(transformer(), BASE, torch.float32)
         print(BASE)
+        return
+    if args.stage == "card":
+        card(args.run, args.parts, args.out)
         return
     save(trained(args.run), args.out, torch.float16)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())

@@ -18,7 +18,7 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("annotate", "train", "sample", "evaluate", "compare", "methods", "weights"):
+    for verb in ("annotate", "train", "sample", "evaluate", "compare", "methods", "bench", "weights"):
         assert verb in done.stdout
 
 

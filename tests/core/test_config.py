@@ -223,4 +223,7 @@ def test_conditions_of_a_method_without_them_are_refused_before_anything_is_load
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["train", "--method", "full", "--cond", "canny", "--base", str(tmp_path / "nowhere")]) == 2
-    assert "--method full takes no condition maps. Drop --cond, or use --method scedit." in capsys.readouterr().err
+    assert (
+        "--method full takes no condition maps. Drop --cond, or use --method scedit or diffscaler."
+        in capsys.readouterr().err
+    )

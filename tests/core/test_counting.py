@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sctool.cli import run
 from sctool.cli.methods import methods
 from sctool.core.backbones.architectures import Architecture, architecture
-from sctool.core.counting import count, counts
+from sctool.core.counting import class_row, count, counts
 from sctool.core.errors import UsageError
 from sctool.core.tuners import TUNERS
 
@@ -39,11 +40,29 @@ def unet(sd15):
         ("CSC-Tuner, skips 0,3,4,6,7,9,11", 17_139_280),
         ("CSC-Tuner, dual conv", 37_821_136),
         ("CSC-Tuner, 2 conditions", 2 * 28_824_400),
+        ("BitFit", 343_684),
+        ("DiffFit", 443_844 + 37_440),  # biases and norms; scale factors
+        ("LoRA", 1_594_368),
+        ("LoRA, rank 64", 8 * 1_594_368),
+        ("DoRA", 1_594_368 + 99_840),  # a magnitude for each row
     ],
 )
 def test_sd15(sd15, unet, label, expected):
     method, variant = next((m, v) for m, row in TUNERS.items() for v in row.variants if v.label == label)
     assert count(sd15, method, variant, unet) == expected
+
+
+def test_dit_xl_2():
+    found = {row.variant.label: row.trainable for row in counts(architecture("dit-xl-2"))}
+    blocks = 28 * 1152 * 15  # to_q, to_k, to_v, to_out: 1 each; ff: 4 and 1; norm1.linear: 6
+    assert found["full fine-tuning"] == 674_834_720
+    assert found["BitFit, DiT blocks only"] == blocks == 483_840
+    assert found["BitFit"] == blocks + 1152 + 2 * 1152 + 2 * 1152 + 32  # patches, timestep, final norm, final layer
+    assert found["DiffFit"] == found["BitFit"] + 28 * 2 * 1152
+    assert found["LoRA, rank 64"] == 28 * 64 * 4 * 2 * 1152  # with q, k and v in one layer it is 12,386,304
+    assert found["LoRA, rank 64, DiffScaler's layers"] == 51_830_784
+    assert found["DoRA, rank 64, DiffScaler's layers"] == 51_830_784 + 486_144
+    assert not [label for label in found if "Tuner" in label], "a DiT has no skip connections"
 
 
 @pytest.mark.slow
@@ -86,7 +105,10 @@ def test_variants_that_a_base_does_not_allow_are_left_out_and_the_rest_counted()
     }  # fmt: skip
     base = Architecture("own", {"_class_name": "UNet2DConditionModel", **small}, 8)
     rows = {row.variant.label: row for row in counts(base)}
-    fitting = [v.label for method in TUNERS.values() for v in method.variants if "skips" not in v.settings]
+    variants = [variant for method in TUNERS.values() for variant in method.variants]
+    fitting = [
+        v.label for v in variants if "skips" not in v.settings and "blocks" not in (v.settings.get("layers") or ())
+    ]
     assert [label for label in rows if label in fitting] == fitting
     assert not [label for label in rows if "skips" in label], "this base has four skips"
     total = sum(p.numel() for p in base.denoiser().parameters())
@@ -111,3 +133,20 @@ def test_a_step_of_sc_tuner_takes_at_most_61_percent_of_full_fine_tunings_flops(
     full, tuner = (benchmark.counted(sd15, benchmark.METHODS[name], 64, memory=False) for name in ("full", "SC-Tuner"))
     assert full["gflop"] == pytest.approx(2469.8, abs=0.1)
     assert tuner["gflop"] <= 0.61 * full["gflop"]
+
+
+def test_a_new_class_adds_a_row_of_each_table() -> None:
+    assert class_row(architecture("dit-xl-2")) == 1152
+    assert class_row(architecture("sd15")) == 0
+
+
+def test_counts_are_per_task_and_are_never_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods", "--base", "dit-xl-2", "--tasks", "10"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.split()[:2] == ["DiffScaler", "diffscaler"])
+    assert row.split()[2:] == ["48,674,445", "7.21", "486,744,450"]
+    assert "adds 1,152" in out
+    assert run(["methods", "--base", "dit-xl-2", "--tasks", "10", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["tasks"], shown["new_class"]) == (10, 1152)
+    assert shown["methods"][0]["stored"] == 6_748_347_200

@@ -74,6 +74,8 @@ class Family(ABC):
     """Named groups of linear and convolutional layers: a regular expression over layer names for each."""
     adapted: ClassVar[tuple[str, ...]] = ()
     """The parts that layer methods adapt when none are chosen."""
+    grouped: ClassVar[str] = ""
+    """A regular expression for layers that are one fused layer in the original, told apart by their first group."""
     bottleneck: ClassVar[int] = 32
     """The width of DiffScaler's low-rank branch when none is chosen."""
 

@@ -52,6 +52,7 @@ class DiT(Family):
         "whole": "",
     }
     adapted = ("blocks", "final_norm")
+    grouped = r"^(transformer_blocks\.\d+\.attn1)\.to_[qkv]$"
     by_class = True
     guidance = 4.0
     bottleneck = 64

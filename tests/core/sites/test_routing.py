@@ -366,7 +366,7 @@ def test_a_site_whose_first_dimension_is_not_the_batch_is_an_error() -> None:
     with tuned(net, tuner, tasks=["a"]):
         call(net, task=["a"])  # all samples: nothing is taken apart
         net.time_proj.register_forward_hook(lambda module, args, output: output[:1])
-        with pytest.raises(SctoolError, match=r"task 'a' cannot act on a value of shape \(1, 8\)"):
+        with pytest.raises(SctoolError, match=r"task 'a' cannot act on a value of shape \(1, 32\)"):
             call(net, task=["a", None])
 
 

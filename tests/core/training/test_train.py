@@ -20,6 +20,8 @@ from sctool.core.config import TrainConfig
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.runs import Run, open_run
 from sctool.core.training.batches import training_draw
+from sctool.core.training.trainer import Trainer
+from sctool.core.tuners import TUNERS
 
 QUICK = {
     "steps": 8, "batch": 4, "save_every": 3, "validate_every": 0, "sample_every": 0, "lr": 1e-2, "preview_steps": 2,
@@ -128,6 +130,26 @@ def test_the_log_after_a_crash_is_that_of_an_undisturbed_run(
     assert same(weights(straight), weights(resumed))
 
 
+@pytest.mark.parametrize("method", TUNERS)
+def test_a_crashed_run_of_every_method_ends_bit_identical(
+    method: str, tiny_base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tiny_base, pictures, method=method, steps=5, lr=1e-3, weight_decay=0.1)
+    straight, step = trained(tmp_path / "a", settings), Trainer.step
+
+    def crashing(self: Trainer, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if number == 4:
+            raise Crash
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", crashing)
+    with pytest.raises(Crash):
+        trained(tmp_path / "b", settings)
+    monkeypatch.setattr(Trainer, "step", step)
+    assert Run(tmp_path / "b" / "run").states()
+    assert same(weights(straight), weights(trained(tmp_path / "b", settings)))
+
+
 def test_more_steps_go_on_where_the_run_ended(tiny_base: Path, edges: Path, tmp_path: Path) -> None:
     straight = trained(tmp_path / "a", config(tiny_base, edges, cond=("canny",)))
     trained(tmp_path / "b", config(tiny_base, edges, cond=("canny",), steps=5))
@@ -194,10 +216,14 @@ def test_sigterm_saves_first(tiny_base: Path, edges: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tiny_base: Path, edges: Path, tmp_path: Path) -> None:
-    straight = trained(tmp_path / "a", config(tiny_base, edges, cond=("canny",)))
+@pytest.mark.parametrize(("method", "conditions"), [("scedit", ("canny",)), *((name, ()) for name in TUNERS)])
+def test_two_processes_equal_one(
+    method: str, conditions: tuple[str, ...], tiny_base: Path, edges: Path, tmp_path: Path
+) -> None:
+    straight = trained(tmp_path / "a", config(tiny_base, edges, cond=conditions, method=method, lr=1e-3))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    words = [*launch, *command(tiny_base, edges, tmp_path / "b", "--cond", "canny")]
+    control = ["--cond", ",".join(conditions)] if conditions else []
+    words = [*launch, *command(tiny_base, edges, tmp_path / "b", "--method", method, "lr=1e-3", *control)]
     done = subprocess.run(words, env={**environment(), "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = weights(straight), weights(Run(tmp_path / "b" / "run"))

@@ -1,33 +1,43 @@
 """What every method must hold, for every row of the table: a new row is covered without a new test."""
 
 import copy
+import functools
+import itertools
 import subprocess
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
 
-from sctool.core.backbones.families import family_of_denoiser
 from sctool.core.checkpoint import load_tuner, save_tuner
-from sctool.core.errors import SctoolError, UsageError
+from sctool.core.errors import DoesNotFit, SctoolError, UsageError
 from sctool.core.sites.attaching import TunedBackbone, tuned
+from sctool.core.sites.parts import family_of
 from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners import TUNERS, method_config, tuner_class
 
-from ..tiny import unet
+from ..tiny import dit, unet
 
+NETS = {"unet": unet, "dit": functools.partial(dit, tied=True)}
 CASES = [
-    pytest.param(method, conditions, id=method + "-".join(("", *conditions)))
+    pytest.param("unet", method, conditions, (), id="-".join((method, *conditions)))
     for method, row in TUNERS.items()
     for conditions in ((), *((("canny",), ("canny", "color")) if row.takes_conditions else ()))
+] + [
+    pytest.param("dit", method, (), classes, id="-".join(("dit", method, *classes)))
+    for method in TUNERS
+    if method != "scedit"  # edits skip connections, which a DiT does not have
+    for classes in ((), ("cats", "dogs"))
 ]
-every_method = pytest.mark.parametrize(("method", "conditions"), CASES)
+every_method = pytest.mark.parametrize(("net", "method", "conditions", "classes"), CASES)
 
 
-def build(net, method, conditions, shaken=True, **settings):
+def build(net, method, conditions=(), classes=(), shaken=True, **settings) -> Any:
     torch.manual_seed(1)
-    tuner = tuner_class(method).build(method_config(method, settings), net, conditions, vae_scale=4)
+    config = method_config(method, settings)
+    tuner = tuner_class(method).build(config, net, conditions, vae_scale=4, classes=classes)
     if shaken:
         with torch.no_grad():
             for parameter in tuner.parameters():
@@ -35,48 +45,55 @@ def build(net, method, conditions, shaken=True, **settings):
     return tuner
 
 
-def inputs(conditions):
+def inputs(net, conditions=(), classes=()):
+    """Latents, timesteps, rows and hints for `net`; rows of a DiT: a class of the base, the null class, new ones."""
     generator = torch.Generator().manual_seed(2)
-    latents = torch.randn(2, 4, 8, 8, generator=generator)
-    text = {"prompt_embeds": torch.randn(2, 3, 8, generator=generator)}
-    hints = {name: torch.rand(2, 3, 32, 32, generator=generator) for name in conditions}
-    return latents, torch.tensor([3, 7]), text, hints or None
+    text = torch.randn(4, 3, 8, generator=generator)
+    latents = torch.randn(4, 4, 8, 8, generator=generator)
+    hints = {name: torch.rand(4, 3, 32, 32, generator=generator) for name in conditions}
+    labels = torch.tensor([1, 3, 4, 5] if classes else [0, 1, 2, 3])
+    rows = {"label": labels} if family_of(net).by_class else {"prompt_embeds": text}
+    return latents, torch.tensor([3, 7, 500, 999]), rows, hints or None
 
 
-def base_output(net, conditions):
-    latents, t, text, _ = inputs(conditions)
-    return net(latents, t, text["prompt_embeds"]).sample
-
-
-@every_method
-def test_starts_at_the_identity(method, conditions):
-    net = unet()
-    base = base_output(net, conditions)
-    model = TunedBackbone(net, build(net, method, conditions, shaken=False))
-    assert torch.equal(model(*inputs(conditions)), base)
+def base_output(net, conditions=(), classes=()):
+    latents, t, rows, _ = inputs(net, conditions, classes)
+    return family_of(net).output(net, latents, t, rows)
 
 
 @every_method
-def test_gradients_reach_every_tuner_weight_and_no_other(method, conditions):
-    net = unet()
+def test_starts_at_the_identity(net, method, conditions, classes):
+    net = NETS[net]()
+    base = base_output(net, conditions, classes)
+    model = TunedBackbone(net, build(net, method, conditions, classes, shaken=False))
+    assert torch.equal(model(*inputs(net, conditions, classes)), base)
+
+
+@every_method
+def test_gradients_reach_every_tuner_weight_and_no_other(net, method, conditions, classes):
+    net = NETS[net]()
     frozen = list(net.parameters())
-    tuner = build(net, method, conditions)
-    TunedBackbone(net, tuner)(*inputs(conditions)).square().mean().backward()
+    tuner = build(net, method, conditions, classes)
+    TunedBackbone(net, tuner)(*inputs(net, conditions, classes)).square().mean().backward()
     assert [name for name, p in tuner.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert all(p.grad is None for p in frozen)
     assert all(p.dtype == torch.float32 for p in tuner.parameters())
 
 
 @every_method
-def test_detaching_restores_the_base_bit_for_bit(method, conditions):
-    net = unet()
-    state, parameters, base = copy.deepcopy(net.state_dict()), list(net.parameters()), base_output(net, conditions)
-    tuner = build(net, method, conditions)
+def test_detaching_restores_the_base_bit_for_bit(net, method, conditions, classes):
+    net = NETS[net]()
+    state, parameters, base = (
+        copy.deepcopy(net.state_dict()),
+        list(net.parameters()),
+        base_output(net, conditions, classes),
+    )
+    tuner = build(net, method, conditions, classes)
     model = TunedBackbone(net, tuner)
-    model(*inputs(conditions)).mean().backward()
+    model(*inputs(net, conditions, classes)).mean().backward()
     torch.optim.SGD(tuner.parameters(), 0.1).step()
     model.attachment.detach()
-    assert torch.equal(base_output(net, conditions), base)
+    assert torch.equal(base_output(net, conditions, classes), base)
     assert all(new is old for new, old in zip(net.parameters(), parameters, strict=True))
     assert state.keys() == net.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
@@ -84,66 +101,73 @@ def test_detaching_restores_the_base_bit_for_bit(method, conditions):
 
 
 @every_method
-def test_a_saved_tuner_is_the_same_tuner(method, conditions, tmp_path):
-    net = unet()
-    tuner = build(net, method, conditions)
-    family = family_of_denoiser(net.config)
+def test_a_saved_tuner_is_the_same_tuner(net, method, conditions, classes, tmp_path):
+    net = NETS[net]()
+    tuner = build(net, method, conditions, classes)
+    family = family_of(net)
     backbone = types.SimpleNamespace(id="tiny", hash="0" * 64, family=family, licence="none", denoiser=net)
     save_tuner(tmp_path, tuner, backbone)
     again = load_tuner(tmp_path, backbone)
     assert (again.method, again.config, again.conditions) == (tuner.method, tuner.config, tuner.conditions)
     with tuned(net, tuner):
-        expected = family.predict(net, *inputs(conditions))
+        expected = family.predict(net, *inputs(net, conditions, classes))
     with tuned(net, again):
-        assert torch.equal(family.predict(net, *inputs(conditions)), expected)
+        assert torch.equal(family.predict(net, *inputs(net, conditions, classes)), expected)
     for name, value in tuner.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
 
 
 @every_method
-def test_a_deep_copy_is_independent(method, conditions):
-    net = unet()
-    model = TunedBackbone(net, build(net, method, conditions))
-    out = model(*inputs(conditions))
+def test_a_deep_copy_is_independent(net, method, conditions, classes):
+    net = NETS[net]()
+    model = TunedBackbone(net, build(net, method, conditions, classes))
+    out = model(*inputs(net, conditions, classes))
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.tuners.parameters():
             parameter.mul_(3)
-    assert torch.equal(twin(*inputs(conditions)), out)
-    assert not torch.equal(model(*inputs(conditions)), out)
+    assert torch.equal(twin(*inputs(net, conditions, classes)), out)
+    assert not torch.equal(model(*inputs(net, conditions, classes)), out)
 
 
 @every_method
-def test_gradient_checkpointing_changes_nothing(method, conditions):
-    net = unet()
-    tuner = build(net, method, conditions)
+def test_gradient_checkpointing_changes_nothing(net, method, conditions, classes):
+    net = NETS[net]()
+    tuner = build(net, method, conditions, classes)
     model, grads = TunedBackbone(net, tuner).train(), []
     for checkpointing in (False, True):
         tuner.zero_grad()
         if checkpointing:
             net.enable_gradient_checkpointing()
-        model(*inputs(conditions)).square().mean().backward()
+        model(*inputs(net, conditions, classes)).square().mean().backward()
         grads.append([p.grad.clone() for p in tuner.parameters()])
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, recomputed)
 
 
-# As small as a U-Net can be: the compiler's time is the test's.
+# As small as a U-Net with attention can be: the compiler's time is the test's.
 SMALLEST = {
     "block_out_channels": (8,),
-    "down_block_types": ("DownBlock2D",),
+    "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("UpBlock2D",),
     "mid_block_type": None,
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "conditions"), [case for case in CASES if len(case.values[1]) != 1])
+@pytest.mark.parametrize(
+    ("method", "conditions"),
+    [
+        pytest.param(*case.values[1:3], id=case.id)
+        for case in CASES
+        if case.values[0] == "unet" and len(case.values[2]) != 1
+    ],
+)
 def test_compiles(method, conditions):
     net = unet(**SMALLEST)
     tuner = build(net, method, conditions)
     model = TunedBackbone(net, tuner)
-    arguments = inputs(conditions)
+    arguments = inputs(net, conditions)
     model(*arguments).square().mean().backward()
     grads = [p.grad.clone() for p in tuner.parameters()]
     tuner.zero_grad()
@@ -160,7 +184,7 @@ def test_compiles(method, conditions):
 @pytest.mark.slow
 def test_a_compiled_sampler_encodes_the_hint_once():
     net = unet(**SMALLEST)
-    latents, t, text, hints = inputs(("canny",))
+    latents, t, text, hints = inputs(net, ("canny",))
     with torch.no_grad(), tuned(net, build(net, "scedit", ("canny",))):
         channel = {"cross_attention_kwargs": {"hint": hints}}
         expected = net(latents, t, text["prompt_embeds"], **channel).sample
@@ -174,57 +198,35 @@ def test_a_compiled_sampler_encodes_the_hint_once():
 
 
 @every_method
-def test_attaching_twice_is_an_error(method, conditions):
-    net = unet()
-    tuner = build(net, method, conditions)
+def test_attaching_twice_is_an_error(net, method, conditions, classes):
+    net = NETS[net]()
+    tuner = build(net, method, conditions, classes)
     with tuned(net, tuner), pytest.raises(SctoolError, match="already attached"), tuned(net, tuner):
         pass
 
 
-def test_methods_stack():
+REPLACING = {"full", "bitfit", "difffit"}
+PAIRS = [pair for pair in itertools.combinations(TUNERS, 2) if not REPLACING.issuperset(pair)]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_methods_stack_in_any_order(pair):
     net = unet()
-    full, skips = build(net, "full", ()), build(net, "scedit", ())
-    base = base_output(net, ())
+    one, other = (build(net, method) for method in pair)
+    base = base_output(net)
     outs = []
-    for order in ((full, skips), (skips, full)):
+    for order in ((one,), (other,), (one, other), (other, one)):
         with tuned(net, *order):
-            outs.append(base_output(net, ()))
-    assert torch.equal(*outs)
-    assert torch.equal(base_output(net, ()), base)
+            outs.append(base_output(net))
+        assert torch.equal(base_output(net), base)
+    torch.testing.assert_close(outs[2], outs[3])
+    assert not torch.allclose(outs[2], outs[0], atol=1e-3)
+    assert not torch.allclose(outs[2], outs[1], atol=1e-3)
 
 
-def test_full_owns_float32_copies_under_the_denoisers_names():
-    net = unet().to(torch.bfloat16)
-    tuner = build(net, "full", (), shaken=False)
-    assert tuner_class("full").build(method_config("full", {}), net, (), 4).vae_scale == 4
-    assert list(dict(tuner.named_parameters())) == list(dict(net.named_parameters()))
-    assert {p.dtype for p in tuner.parameters()} == {torch.float32}
-    model = TunedBackbone(net, tuner)
-    assert model(*inputs(())).dtype == torch.float32
-    model.attachment.detach()
-    assert net.dtype == torch.bfloat16
-
-
-def test_full_takes_neither_conditions_nor_scales():
-    net = unet()
-    with pytest.raises(UsageError, match="no condition maps"):
-        build(net, "full", ("canny",))
-    with pytest.raises(UsageError, match="no scale"), tuned(net, build(net, "full", ()), scales=0.5):
-        pass
-
-
-def test_full_weights_of_another_base_are_refused():
-    net = unet()
-    tuner = build(net, "full", ())
-    fewer, wider = copy.deepcopy(net), copy.deepcopy(net)
-    fewer.conv_out.bias = None
-    wider.conv_out.bias = torch.nn.Parameter(torch.zeros(9))
-    for other in (fewer, wider):
-        before = dict(other.named_parameters())
-        with pytest.raises(SctoolError, match="another base"), tuned(other, tuner):
-            pass
-        assert all(p is before[name] for name, p in other.named_parameters())
-    assert tuner.describe_sites() == [f"all {sum(p.numel() for p in net.parameters()):,} weights"]
+def test_skip_connections_are_not_to_be_had_everywhere():
+    with pytest.raises(DoesNotFit):
+        build(dit(), "scedit")
 
 
 def test_unknown_names_are_answered_with_the_nearest():
