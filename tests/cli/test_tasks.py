@@ -56,8 +56,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         assert sctool(list(words)) == 2
         error = capsys.readouterr().err
         assert "Traceback" not in error
-        assert error.startswith("error: ")
-        assert error.count("error:") == 1
+        assert len(error.strip().splitlines()) <= 3
         return " ".join(error.split())
 
     return run
