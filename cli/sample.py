@@ -196,6 +196,11 @@ class Sampler:
         pairs = zip(self.chosen, self.tuners, strict=True)
         return {name for one, tuner in pairs if one.task == task for name in tuner.conditions}
 
+    def elsewhere(self, request: Request) -> bool:
+        """Whether the request's class is one that other tasks add, and its own task does not."""
+        others = {label for task, labels in self.classes.items() if task != request.task for label in labels}
+        return request.prompt in others - set(self.classes.get(request.task, ()))
+
     def hints(self, hints: list[str], photos: list[str]) -> tuple[dict[str, Any], dict[str, float]]:
         """`read_hints`, with photographs annotated as the maps that the tuners were trained on."""
         map_settings = {name: how for one in self.chosen for name, how in one.meta.get("maps", {}).items()}
@@ -204,7 +209,7 @@ class Sampler:
     def requests(
         self, rows: list[dict[str, Any]], file: Path | None, count: int, seed: int, hints: dict[str, Any]
     ) -> list[Request]:
-        """`read_requests`; says how many prompts are longer than the text encoder reads.
+        """`read_requests`, a class for the tasks that know it; says how many prompts the text encoder cuts off.
 
         Raises `UsageError` for a hint that no task takes, and for a class that the base and the tuners do not have.
         """
@@ -216,6 +221,7 @@ class Sampler:
         if self.backbone.family.by_class:
             from ..core.sampling import encoded
 
+            requests = [request for request in requests if not self.elsewhere(request)]
             encoded(self.backbone, [(request.prompt, request.task) for request in requests], self.classes)
         texts = {request.prompt for request in requests}
         cut = sum(self.backbone.too_long(text) for text in texts)

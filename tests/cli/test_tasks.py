@@ -268,3 +268,23 @@ def test_the_classes_of_a_tuner_are_known_by_their_labels(tmp_path: Path, refuse
     first, second, null = (np.asarray(Image.open(tmp_path / "o" / f"00000{i}.png")) for i in range(3))
     assert first.shape == second.shape == null.shape
     assert "unknown class 'yka'. Did you mean 'yak'" in refused(*words, "--class", "yka")
+
+
+def test_a_class_is_drawn_for_the_tasks_that_know_it(tmp_path: Path, refused: Refused) -> None:
+    from sctool.core.backbones.loading import load_backbone
+    from sctool.core.checkpoint import save_tuner
+    from sctool.core.tuners import method_config, tuner_class
+
+    backbone = load_backbone(str(save(tie(transformer()), tmp_path / "dit")))
+    words = ["sample", "--steps", "1", "--quiet", "--out", str(tmp_path / "o"), "--task", "birds,fish"]
+    for task, labels in (("birds", ("owl",)), ("fish", ("eel", "cod"))):
+        tuner = tuner_class("diffscaler").build(
+            method_config("diffscaler", {}), backbone.denoiser, (), backbone.vae_scale, labels
+        )
+        save_tuner(tmp_path / task, tuner, backbone, task=task)
+        words += ["--tuner", str(tmp_path / task / "tuner.safetensors")]
+    assert sctool([*words, "--class", "hat", "--class", "owl", "--class", "eel"]) == 0
+    assert [(row["prompt"], row["task"]) for row in rows(tmp_path / "o")] == [
+        ("hat", "birds"), ("hat", "fish"), ("owl", "birds"), ("eel", "fish"),
+    ]  # fmt: skip
+    assert "unknown class 'codd'" in refused(*words, "--class", "codd")
