@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-
 WIDTH = 100
 """Columns of the table: figures are never cut off, also where a terminal is narrower."""
 
