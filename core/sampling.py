@@ -20,6 +20,7 @@ from .errors import SctoolError, UsageError, unknown
 from .files import write_json, write_text
 from .sheets import save_png, sheet
 from .sites.attaching import channel
+from .sites.wiring import attached_tasks
 
 if TYPE_CHECKING:
     from .backbones.families.base import Rows
@@ -118,22 +119,22 @@ def sample_images(
     """Draws every request in batches; yields uint8 (H, W, 3) images in order.
 
     Requests of a task share a batch if they have the same set of hints; so do those of different tasks, whose tuners
-    must then all be attached with tasks. `encode` turns prompts into conditioning rows; the backbone's own encoder when
-    not given, with the `classes` that each task's tuner adds. Raises `UsageError` for a size that the base cannot draw,
-    or a hint of another size.
+    must then all be attached with tasks. Where tuners are, a request without a task is drawn by the base alone.
+    `encode` turns prompts into conditioning rows; the backbone's own encoder when not given, with the `classes` that
+    each task's tuner adds. Raises `UsageError` for a size that the base cannot draw, or a hint of another size.
     """
     check_sizes(backbone, requests, config)
-    tasks = {request.task for request in requests}
+    tasks, routed = {request.task for request in requests}, attached_tasks(backbone.denoiser)
     alone = tasks.pop() if len(tasks) == 1 else None
     null = encode([config.negative]) if encode else encoded(backbone, [(config.negative, alone)], classes)
     for batch in batched(requests, config.batch):
         prompts = [request.prompt for request in batch]
         texts = [(request.prompt, request.task) for request in batch]
         rows = encode(prompts) if encode else encoded(backbone, texts, classes)
-        named = [request.task for request in batch]
+        named = [request.task for request in batch] if routed else None
         images = sample_batch(
             backbone, rows, null, [request.seed for request in batch], config, batch_hints(batch),
-            named if any(named) else None,
+            named,
         )  # fmt: skip
         yield from zip(batch, images.permute(0, 2, 3, 1).numpy(), strict=True)
         progress(len(batch))

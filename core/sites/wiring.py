@@ -339,3 +339,9 @@ def _normalize(alphas: Sequence[dict[str, float]]) -> None:
         raise UsageError("the condition weights sum to 0; change them, or set normalize=false.")
     for own in alphas:
         own.update({name: weight / total for name, weight in own.items()})
+
+
+def attached_tasks(denoiser: nn.Module) -> set[str]:
+    """The tasks that tuners on the denoiser are attached with."""
+    wiring = Wiring.of(denoiser)
+    return {one.task for one in wiring.attached if one.task is not None} if wiring else set()

@@ -36,7 +36,7 @@ from sctool.core.training.plan import plan_tasks, show_plan
 from sctool.core.training.setup import load_for_training, open_lanes, set_up
 from sctool.core.training.train import train, train_tasks
 from sctool.core.training.trainer import Trainer, averaged
-from sctool.core.tuners import TUNERS, Method
+from sctool.core.tuners import TUNERS, Method, method_config, tuner_class
 from sctool.core.tuners.base import SiteTuner
 from sctool.eval.heldout import adherence
 
@@ -360,3 +360,22 @@ def test_classes_of_several_tasks_are_drawn_in_one_batch(by_class: TrainConfig, 
             view = backbone.with_classes(classes.get(request.task or "", ()))
             (_, alone), *_ = sample_images(view, [replace(request, task=None)], options)
         assert np.abs(image.astype(int) - alone.astype(int)).max() <= 1
+
+
+def test_an_image_without_a_task_is_drawn_by_the_base_alone_whoever_is_beside_it(tiny_base: Path) -> None:
+    backbone = load_backbone(str(tiny_base))
+    tuner = tuner_class("scedit").build(method_config("scedit", {}), backbone.denoiser, (), backbone.vae_scale)
+    with torch.no_grad():
+        for parameter in tuner.parameters():
+            parameter.add_(0.3)
+    config, plain = SampleConfig(steps=2, guidance=3), [Request("a", 0), Request("b", 1)]
+
+    def drawn(requests: list[Request]) -> list[np.ndarray]:
+        return [image for _, image in sample_images(backbone, requests, config)]
+
+    base = drawn(plain)
+    with tuned(backbone.denoiser, tuner, tasks=["style"]):
+        assert all(np.array_equal(a, b) for a, b in zip(drawn(plain), base, strict=True))
+        mixed = drawn([plain[0], replace(plain[1], task="style")])
+    assert np.abs(mixed[0].astype(int) - base[0]).max() <= 1
+    assert np.abs(mixed[1].astype(int) - base[1]).max() > 1
