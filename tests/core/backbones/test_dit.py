@@ -179,7 +179,8 @@ def test_equal_embedders_are_tied_and_unequal_ones_are_not(dit: Path, tmp_path: 
     latents, t, label = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 3])
     for folder, tied in ((dit, True), (save(transformer(), tmp_path / "free"), False)):
         backbone = load_backbone(str(folder))
-        first, second = backbone.denoiser.transformer_blocks
+        blocks: Any = backbone.denoiser.transformer_blocks
+        first, second = blocks
         assert (first.norm1.emb is second.norm1.emb) == tied
         plain = DiTPipeline.from_pretrained(folder).transformer.eval()
         assert torch.equal(backbone.denoiser(latents, t, label).sample, plain(latents, t, label).sample)
