@@ -144,7 +144,7 @@ TUNERS: dict[str, Method] = {
     "dora": Method(
         DoRAConfig, ".peft_layers", "DoRA", "LoRA with trained magnitudes of the layers' rows, with peft's layers",
         "Liu et al. 2024, arXiv 2402.09353", False,
-        1e-4, "diffusers' train_dreambooth_lora_sdxl.py, which has --use_dora", low_rank("DoRA"),
+        1e-4, "LoRA's", low_rank("DoRA"),
     ),
     "lokr": Method(
         LoKrConfig, ".peft_layers", "LoKr", "adds Kronecker products to layers, with peft's layers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="Tuner")
 
 
+@dataclass(frozen=True)
+class Terms:
+    """How a tuner acts once attached: its scale, condition weights that override its own, and its task."""
+
+    scale: float = 1.0
+    weights: Mapping[str, float] | None = None
+    normalize: bool | None = None
+    task: str | None = None
+
+
 class Tuner(nn.Module):
     """The contract of a method. Its traits say what it needs of those who train and count it.
 
@@ -33,7 +44,7 @@ class Tuner(nn.Module):
     needs_autocast: ClassVar[bool] = False
     """The denoiser's own layers compute with the float32 weights, so reduced precision needs autocast."""
     routes: ClassVar[bool] = False
-    """It can act on some samples of a batch and leave the others alone; then `act` takes a `task`."""
+    """It can act on some samples of a batch and leave the others alone."""
 
     def __init__(self, config: Config, conditions: tuple[str, ...] = (), vae_scale: int = 8) -> None:
         """A method's own class takes (config, denoiser, conditions, vae_scale); see `build`."""
@@ -96,22 +107,12 @@ class Tuner(nn.Module):
         """
         if task is not None and not self.routes:
             raise UsageError(f"method {self.method} changes the denoiser for a whole batch and cannot have a task.")
-        routing = {} if task is None else {"task": task}
-        steps: list[Callable[[], Removable]] = [
-            partial(self.act, denoiser, scale=scale, weights=weights, normalize=normalize, **routing)
-        ]
+        steps: list[Callable[[], Removable]] = [partial(self.act, denoiser, Terms(scale, weights, normalize, task))]
         if self.new_classes is not None:
             steps.append(partial(Wiring.add, denoiser, self.new_classes, scale, {}, True, task))
         return all_or_none(steps)
 
-    def act(
-        self,
-        denoiser: nn.Module,
-        *,
-        scale: float = 1.0,
-        weights: Mapping[str, float] | None = None,
-        normalize: bool | None = None,
-    ) -> Removable:
+    def act(self, denoiser: nn.Module, terms: Terms) -> Removable:
         """`attach` without new classes: what a method has of its own."""
         raise NotImplementedError
 
@@ -155,18 +156,11 @@ class SiteTuner(Tuner):
         """
         return None
 
-    def act(
-        self,
-        denoiser: nn.Module,
-        *,
-        scale: float = 1.0,
-        weights: Mapping[str, float] | None = None,
-        normalize: bool | None = None,
-        task: str | None = None,
-    ) -> Attached:
+    def act(self, denoiser: nn.Module, terms: Terms) -> Attached:
         """Joins the denoiser's wiring. Raises `SctoolError` when a site is not there or the tuner is attached."""
-        weights = {**self.weights, **(weights or {})}
-        return Wiring.add(denoiser, self, scale, weights, self.normalize if normalize is None else normalize, task)
+        weights = {**self.weights, **(terms.weights or {})}
+        normalize = self.normalize if terms.normalize is None else terms.normalize
+        return Wiring.add(denoiser, self, terms.scale, weights, normalize, terms.task)
 
 
 def known_conditions(names: Mapping[str, Any], conditions: tuple[str, ...]) -> None:

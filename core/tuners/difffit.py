@@ -7,7 +7,6 @@ embedding; here a tuner adds classes of its own beside a frozen table, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -21,6 +20,7 @@ from ..sites.attaching import Attachment, all_or_none
 from ..sites.outputs import Output
 from ..sites.site import Call, Features, Inputs
 from ..sites.wiring import Wiring
+from .base import Terms
 from .bitfit import biases
 from .swapping import WeightTuner
 from .tree import place
@@ -81,17 +81,10 @@ class DiffFit(WeightTuner):
         """The trained weights, and the scaled outputs."""
         return [*super().describe_sites(), f"{len(self.sites)} outputs of transformer blocks' parts"]
 
-    def act(
-        self,
-        denoiser: nn.Module,
-        *,
-        scale: float = 1.0,
-        weights: Mapping[str, float] | None = None,
-        normalize: bool | None = None,
-    ) -> Attachment:
+    def act(self, denoiser: nn.Module, terms: Terms) -> Attachment:
         """Swaps the weights in and hooks the outputs. Raises as `WeightTuner.act` and `Wiring.add`."""
-        swap = partial(super().act, denoiser, scale=scale, weights=weights, normalize=normalize)
-        return all_or_none([swap, partial(Wiring.add, denoiser, self, scale, {}, True)])
+        swap = partial(super().act, denoiser, terms)
+        return all_or_none([swap, partial(Wiring.add, denoiser, self, terms.scale, {}, True)])
 
     def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
         """Nothing: it takes no hints."""

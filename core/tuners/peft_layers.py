@@ -23,7 +23,7 @@ from ..sites.attaching import Attachment, all_or_none
 from ..sites.layers import Layer, find_module, layer_site
 from ..sites.parts import chosen_layers
 from ..sites.site import Call
-from .base import SiteTuner
+from .base import SiteTuner, Terms
 from .tree import place
 
 ADAPTER = "default"
@@ -136,21 +136,12 @@ class PeftTuner(SiteTuner):
             layer.eval()
         return self
 
-    def act(
-        self,
-        denoiser: nn.Module,
-        *,
-        scale: float = 1.0,
-        weights: Mapping[str, float] | None = None,
-        normalize: bool | None = None,
-        task: str | None = None,
-    ) -> Attachment:
+    def act(self, denoiser: nn.Module, terms: Terms) -> Attachment:
         """As `SiteTuner.act`. A tuner is on one denoiser at a time, whose weights it reads.
 
         Raises `SctoolError` for a denoiser with other layers.
         """
-        hook = partial(super().act, denoiser, scale=scale, weights=weights, normalize=normalize, task=task)
-        return all_or_none([partial(Wrapping, self.adapted, denoiser), hook])
+        return all_or_none([partial(Wrapping, self.adapted, denoiser), partial(super().act, denoiser, terms)])
 
     def edited(self, site: Layer, x: Tensor, call: Call) -> Tensor:
         """What peft's layer makes of the layer's output x, given its input."""

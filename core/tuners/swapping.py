@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from torch import nn
 from ..config import Config
 from ..errors import SctoolError, UsageError
 from ..sites.attaching import Removable
-from .base import Tuner
+from .base import Terms, Tuner
 from .tree import place
 
 if TYPE_CHECKING:
@@ -54,17 +53,10 @@ class WeightTuner(Tuner):
         """How much of the denoiser is trained."""
         return [f"{len(self.swapped)} of the base's parameters, {self.replaced():,} weights"]
 
-    def act(
-        self,
-        denoiser: nn.Module,
-        *,
-        scale: float = 1.0,
-        weights: Mapping[str, float] | None = None,
-        normalize: bool | None = None,
-    ) -> Removable:
+    def act(self, denoiser: nn.Module, terms: Terms) -> Removable:
         """Swaps the copies in. Raises `SctoolError` when they do not fit or are in already, or for a scale."""
-        if scale != 1:
-            raise UsageError(f"weights tuned by {self.method} have no scale, but {scale} was given; use 1.")
+        if terms.scale != 1:
+            raise UsageError(f"weights tuned by {self.method} have no scale, but {terms.scale} was given; use 1.")
         own, theirs = self.standins(), dict(denoiser.named_parameters())
         if self.names(denoiser) != list(own) or any(own[name].shape != theirs[name].shape for name in own):
             raise SctoolError(f"this {self.method} tuner has other weights than the denoiser; it is for another base.")
