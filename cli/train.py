@@ -135,12 +135,16 @@ def check_names(settings: TrainConfig) -> None:
     """Raises `UsageError` for a method, method setting or condition that does not exist, naming the nearest."""
     from ..annotators import ANNOTATORS
     from ..core.errors import UsageError, unknown
+    from ..core.tasks import task_configs
     from ..core.tuners import TUNERS, method_config
 
     method_config(settings.method, settings.tuner)
-    if settings.conditions and not TUNERS[settings.method].takes_conditions:
-        able = " or ".join(name for name, method in TUNERS.items() if method.takes_conditions)
+    control = TUNERS[settings.method].control
+    if settings.conditions and control == "none":
+        able = " or ".join(name for name, method in TUNERS.items() if method.control != "none")
         raise UsageError(f"--method {settings.method} takes no condition maps. Drop --cond, or use --method {able}.")
+    if control == "required" and not all(one.conditions for one in task_configs(settings).values()):
+        raise UsageError(f"--method {settings.method} needs condition maps. Add --cond, e.g. --cond canny.")
     for name in settings.conditions:
         if name not in ANNOTATORS and not settings.maps and settings.data == "photos":
             raise unknown("condition", name, ANNOTATORS)

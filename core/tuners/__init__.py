@@ -1,6 +1,6 @@
 """The methods, by name. Importable without torch: a row loads its code when asked.
 
-A new method is one file here, one row in `TUNERS` and one config class in `core/config.py`.
+A new method is one file here, one row in `TUNERS` and one config class in `configs.py`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..config import (
+from ..config import Config, TrainConfig, build
+from ..errors import UsageError, unknown
+from .configs import (
     BitFitConfig,
-    Config,
     DiffFitConfig,
     DiffScalerConfig,
     DoRAConfig,
@@ -20,10 +21,7 @@ from ..config import (
     LoKrConfig,
     LoRAConfig,
     SCEditConfig,
-    TrainConfig,
-    build,
 )
-from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from .base import Tuner
@@ -47,8 +45,8 @@ class Method:
     cls: str
     summary: str
     paper: str
-    takes_conditions: bool
-    """Whether it can be controlled by condition maps."""
+    control: Literal["none", "optional", "required"]
+    """Whether it is controlled by condition maps."""
     lr: float
     """The learning rate when none is given."""
     lr_source: str
@@ -110,45 +108,45 @@ def low_rank(name: str) -> tuple[Variant, ...]:
 
 TUNERS: dict[str, Method] = {
     "full": Method(
-        FullConfig, ".full", "Full", "trains every weight of the denoiser", "baseline", False,
+        FullConfig, ".full", "Full", "trains every weight of the denoiser", "baseline", "none",
         1e-4, "DiT's own (Peebles & Xie 2023, section 4)",
         (Variant("full fine-tuning"),),
     ),
     "scedit": Method(
         SCEditConfig, ".scedit", "SCEdit",
         "edits the skip connections: SC-Tuner without conditions, CSC-Tuner with them",
-        "Jiang et al. 2023, arXiv 2312.11392", True,
+        "Jiang et al. 2023, arXiv 2312.11392", "optional",
         1e-4, "twice the paper's 5e-5, for single GPUs and short runs", SCEDIT_VARIANTS,
     ),
     "diffscaler": Method(
         DiffScalerConfig, ".diffscaler", "DiffScaler",
         "scales and shifts the layers' outputs and adds a low-rank branch to each",
-        "Nair et al. 2024, arXiv 2404.09976", True,
+        "Nair et al. 2024, arXiv 2404.09976", "optional",
         1e-3, "the paper, section 4.2", DIFFSCALER_VARIANTS,
     ),
     "bitfit": Method(
-        BitFitConfig, ".bitfit", "BitFit", "trains the biases", "Ben Zaken et al. 2022, arXiv 2106.10199", False,
+        BitFitConfig, ".bitfit", "BitFit", "trains the biases", "Ben Zaken et al. 2022, arXiv 2106.10199", "none",
         1e-3, "DiffFit-pytorch's, which also trains BitFit",
         (Variant("BitFit"), Variant("BitFit, DiT blocks only", {"layers": ["blocks"]})),
     ),
     "difffit": Method(
         DiffFitConfig, ".difffit", "DiffFit", "trains biases, norms and scale factors of the blocks' outputs",
-        "Xie et al. 2023, arXiv 2304.06648", False,
+        "Xie et al. 2023, arXiv 2304.06648", "none",
         1e-3, "DiffFit-pytorch's: ten times pre-training's 1e-4, as the paper advises", (Variant("DiffFit"),),
     ),
     "lora": Method(
         LoRAConfig, ".peft_layers", "LoRA", "adds low-rank updates to layers, with peft's layers",
-        "Hu et al. 2021, arXiv 2106.09685", False,
+        "Hu et al. 2021, arXiv 2106.09685", "none",
         1e-4, "diffusers' train_text_to_image_lora.py", low_rank("LoRA"),
     ),
     "dora": Method(
         DoRAConfig, ".peft_layers", "DoRA", "LoRA with trained magnitudes of the layers' rows, with peft's layers",
-        "Liu et al. 2024, arXiv 2402.09353", False,
+        "Liu et al. 2024, arXiv 2402.09353", "none",
         1e-4, "LoRA's", low_rank("DoRA"),
     ),
     "lokr": Method(
         LoKrConfig, ".peft_layers", "LoKr", "adds Kronecker products to layers, with peft's layers",
-        "Yeh et al. 2023 (LyCORIS), arXiv 2309.14859", False,
+        "Yeh et al. 2023 (LyCORIS), arXiv 2309.14859", "none",
         2e-4, "LyCORIS' example lokr_config.toml",
         (Variant("LoKr"), Variant("LoKr, factor 8", {"decompose_factor": 8})),
     ),

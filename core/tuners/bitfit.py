@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..config import BitFitConfig
 from ..sites.parts import chosen_layers
+from .configs import BitFitConfig
 from .swapping import WeightTuner
 
 

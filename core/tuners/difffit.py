@@ -14,7 +14,6 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from ..config import DiffFitConfig
 from ..errors import DoesNotFit
 from ..sites.attaching import Attachment, all_or_none
 from ..sites.outputs import Output
@@ -22,6 +21,7 @@ from ..sites.site import Call, Features, Inputs
 from ..sites.wiring import Wiring
 from .base import Terms
 from .bitfit import biases
+from .configs import DiffFitConfig
 from .swapping import WeightTuner
 from .tree import place
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from ..config import DiffScalerConfig
 from ..errors import DoesNotFit, SctoolError, UsageError
 from ..sites.inputs import input_layer
 from ..sites.layers import Layer, find_module
@@ -24,6 +23,7 @@ from ..sites.parts import chosen_layers, family_of
 from ..sites.site import Call, Features, Inputs
 from .affiner import NEAR, Affiner, Branch, middle
 from .base import SiteTuner
+from .configs import DiffScalerConfig
 
 if TYPE_CHECKING:
     from ..backbones.loading import Backbone

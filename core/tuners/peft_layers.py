@@ -17,13 +17,13 @@ from peft import LoKrConfig as PeftLoKrConfig
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from ..config import DoRAConfig, LoKrConfig, LoRAConfig
 from ..errors import SctoolError, UsageError
 from ..sites.attaching import Attachment, all_or_none
 from ..sites.layers import Layer, find_module, layer_site
 from ..sites.parts import chosen_layers
 from ..sites.site import Call
 from .base import SiteTuner, Terms
+from .configs import DoRAConfig, LoKrConfig, LoRAConfig
 from .tree import place
 
 ADAPTER = "default"

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import SCEditConfig
 from ..errors import DoesNotFit, SctoolError, UsageError
 from ..sites.site import Call, Features, Inputs
 from ..sites.skips import Skip, skips
 from .base import SiteTuner, known_conditions
+from .configs import SCEditConfig
 
 
 def conv(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:

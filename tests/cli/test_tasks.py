@@ -254,7 +254,7 @@ def test_the_classes_of_a_tuner_are_known_by_their_labels(tmp_path: Path, refuse
 
     from sctool.core.backbones.loading import load_backbone
     from sctool.core.checkpoint import save_tuner
-    from sctool.core.config import FullConfig
+    from sctool.core.tuners.configs import FullConfig
     from sctool.core.tuners.full import Full
 
     backbone = load_backbone(str(save(tie(transformer()), tmp_path / "dit")))

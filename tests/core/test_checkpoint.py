@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 
 from sctool.core.backbones.families import FAMILIES
 from sctool.core.checkpoint import load_tuner, read_meta, save_tuner, tuner_file
-from sctool.core.config import SCEditConfig
 from sctool.core.errors import SctoolError, UsageError
+from sctool.core.tuners.configs import SCEditConfig
 from sctool.core.tuners.scedit import SCEdit
 
 

@@ -15,7 +15,7 @@ from sctool.cli import run
 from sctool.cli.sample import read_hints, split_scale
 from sctool.core.backbones.loading import Backbone, load_backbone
 from sctool.core.checkpoint import save_tuner
-from sctool.core.config import SampleConfig, SCEditConfig
+from sctool.core.config import SampleConfig
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.sampling import (
     Request,
@@ -27,6 +27,7 @@ from sctool.core.sampling import (
     sampling_protocol,
     write_samples,
 )
+from sctool.core.tuners.configs import SCEditConfig
 from sctool.core.tuners.scedit import SCEdit
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from sctool.core.config import Config, FullConfig, SCEditConfig
+from sctool.core.config import Config
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.sites.attaching import TunedBackbone, attach, tuned
 from sctool.core.sites.layers import layers
@@ -19,6 +19,7 @@ from sctool.core.sites.routing import EVERY, samples_of
 from sctool.core.sites.skips import middle
 from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners.base import SiteTuner
+from sctool.core.tuners.configs import FullConfig, SCEditConfig
 from sctool.core.tuners.full import Full
 from sctool.core.tuners.scedit import SCEdit
 

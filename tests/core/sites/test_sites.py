@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from sctool.core.backbones.architectures import KNOWN, Architecture
-from sctool.core.config import SCEditConfig
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.sites.attaching import TunedBackbone, attach, tuned
 from sctool.core.sites.skips import skips
 from sctool.core.sites.wiring import Wiring
+from sctool.core.tuners.configs import SCEditConfig
 from sctool.core.tuners.scedit import SCEdit
 
 from ..tiny import unet

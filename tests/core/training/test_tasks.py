@@ -325,7 +325,7 @@ def by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
             for i in range(6):
                 pixels = rng.integers(0, 255, (32, 32, 3), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / folder / label / f"{i}.png")
-    row = BiasesRow(NoSettings, "", "", "", "", False, 1e-3, "", ())
+    row = BiasesRow(NoSettings, "", "", "", "", "none", 1e-3, "", ())
     monkeypatch.setitem(TUNERS, "biases", row)
     rows = [{"name": name, "data": tmp_path / name} for name in ("clothes", "pets")]
     return settings(save(tie(transformer()), tmp_path / "dit"), rows, method="biases", mask=0.5)

@@ -26,6 +26,8 @@ from sctool.core.tuners import TUNERS
 QUICK = {
     "steps": 8, "batch": 4, "save_every": 3, "validate_every": 0, "sample_every": 0, "lr": 1e-2, "preview_steps": 2,
 }  # fmt: skip
+NEEDED = [(name, ("canny",) if row.control == "required" else ()) for name, row in TUNERS.items()]
+"""Every method with the conditions that it cannot do without."""
 
 
 def config(base: Path, data: Path, **more: object) -> TrainConfig:
@@ -130,11 +132,12 @@ def test_the_log_after_a_crash_is_that_of_an_undisturbed_run(
     assert same(weights(straight), weights(resumed))
 
 
-@pytest.mark.parametrize("method", TUNERS)
+@pytest.mark.parametrize(("method", "conditions"), NEEDED)
 def test_a_crashed_run_of_every_method_ends_bit_identical(
-    method: str, tiny_base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = config(tiny_base, pictures, method=method, steps=5, lr=1e-3, weight_decay=0.1)
+    method: str, conditions: tuple[str, ...], tiny_base: Path, edges: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    settings = config(tiny_base, edges, method=method, cond=conditions, steps=5, lr=1e-3, weight_decay=0.1)
     straight, step = trained(tmp_path / "a", settings), Trainer.step
 
     def crashing(self: Trainer, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +219,7 @@ def test_sigterm_saves_first(tiny_base: Path, edges: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "conditions"), [("scedit", ("canny",)), *((name, ()) for name in TUNERS)])
+@pytest.mark.parametrize(("method", "conditions"), [("scedit", ("canny",)), *NEEDED])
 def test_two_processes_equal_one(
     method: str, conditions: tuple[str, ...], tiny_base: Path, edges: Path, tmp_path: Path
 ) -> None:

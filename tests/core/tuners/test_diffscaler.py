@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sctool.core.backbones.architectures import architecture
 from sctool.core.backbones.loading import load_backbone
 from sctool.core.checkpoint import load_tuner, save_tuner
-from sctool.core.config import DiffScalerConfig, TrainConfig
+from sctool.core.config import TrainConfig
 from sctool.core.counting import counts
 from sctool.core.errors import DoesNotFit, SctoolError, UsageError
 from sctool.core.measure import saved_bytes
@@ -24,6 +24,7 @@ from sctool.core.sites.site import Call
 from sctool.core.sites.wiring import Wiring
 from sctool.core.training.setup import build_tuner
 from sctool.core.tuners.affiner import Affiner, Branch
+from sctool.core.tuners.configs import DiffScalerConfig
 from sctool.core.tuners.diffscaler import DiffScaler, key, near_zero
 
 from ..tiny import unet

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
-from sctool.core.config import SCEditConfig
 from sctool.core.errors import UsageError
 from sctool.core.sites.attaching import TunedBackbone, tuned
 from sctool.core.sites.skips import skips
 from sctool.core.sites.wiring import Wiring
+from sctool.core.tuners.configs import SCEditConfig
 from sctool.core.tuners.scedit import SCEdit, Stem
 
 SCALES = {"canny": 0.3, "color": 0.7}

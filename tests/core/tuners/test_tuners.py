@@ -21,14 +21,21 @@ from sctool.core.tuners import TUNERS, method_config, tuner_class
 from ..tiny import dit, unet
 
 NETS = {"unet": unet, "dit": functools.partial(dit, tied=True)}
+CONTROLS = {
+    "none": [()],
+    "optional": [(), ("canny",), ("canny", "color")],
+    "required": [("canny",), ("canny", "color")],
+}
+UNETS_ONLY = {"scedit"}
+"""Methods that act on what a DiT does not have, such as skip connections."""
 CASES = [
     pytest.param("unet", method, conditions, (), id="-".join((method, *conditions)))
     for method, row in TUNERS.items()
-    for conditions in ((), *((("canny",), ("canny", "color")) if row.takes_conditions else ()))
+    for conditions in CONTROLS[row.control]
 ] + [
     pytest.param("dit", method, (), classes, id="-".join(("dit", method, *classes)))
     for method in TUNERS
-    if method != "scedit"  # edits skip connections, which a DiT does not have
+    if method not in UNETS_ONLY
     for classes in ((), ("cats", "dogs"))
 ]
 every_method = pytest.mark.parametrize(("net", "method", "conditions", "classes"), CASES)
