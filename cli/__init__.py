@@ -14,6 +14,7 @@ from .annotate import annotate
 from .bench import app as bench
 from .compare import compare
 from .evaluate import evaluate
+from .merge import merge
 from .methods import methods
 from .options import Command
 from .sample import sample
@@ -29,8 +30,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (annotate, train, sample, evaluate, compare, methods):
-    app.command(cls=Command, no_args_is_help=command is annotate)(command)
+for command in (annotate, train, merge, sample, evaluate, compare, methods):
+    app.command(cls=Command, no_args_is_help=command in (annotate, merge))(command)
 app.add_typer(bench, name="bench")
 app.add_typer(weights, name="weights")
 

@@ -72,11 +72,13 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 
 def describe(
-    tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = None, task: str | None = None
-) -> dict[str, Any]:
+    tuner: Tuner, backbone: Backbone, maps: Mapping[str, Any] | None = None, task: str | None = None,
+    merged: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The metadata of `tuner`, trained on `backbone`: what it is, and what is needed to build it again.
 
-    maps: how each condition's map was made. task: its name, where it was trained as one of several.
+    maps: how each condition's map was made. task: its name, where it was trained as one of several. merged: what it
+    was made of, and how.
     """
     from importlib.metadata import version
 
@@ -94,12 +96,13 @@ def describe(
         "vae_scale": tuner.vae_scale,
         **tuner.site_metadata(),
         "parameters": sum(p.numel() for p in tuner.parameters()),
+        **({"merged": dict(merged)} if merged else {}),
     }
 
 
 def save_tuner(
     path: str | Path, tuner: Tuner, backbone: Backbone, *, maps: Mapping[str, Any] | None = None,
-    task: str | None = None, **more: Any,
+    task: str | None = None, merged: Mapping[str, Any] | None = None, **more: Any,
 ) -> Path:  # fmt: skip
     """Writes the tuner's float32 weights and its description (see `describe`); returns the file. Atomic.
 
@@ -108,7 +111,7 @@ def save_tuner(
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / NAME
-    meta = describe(tuner, backbone, maps, task)
+    meta = describe(tuner, backbone, maps, task, merged)
     tensors = {name: value.detach().cpu() for name, value in sorted(tuner.state_dict().items())}
     with replacing(file) as temporary:
         save_tensors(tensors, temporary, {"format": "pt", "sctool": json.dumps(meta, sort_keys=True)})

@@ -5,7 +5,8 @@ Loaded from any diffusers-format folder, a hub id, or an embedded base. Everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,16 @@ class Backbone:
     def denoiser(self) -> nn.Module:
         """The network that is tuned, e.g. a `UNet2DConditionModel`."""
         return getattr(self.pipe, self.family.denoiser_part)
+
+    @contextmanager
+    def replaced(self, denoiser: nn.Module) -> Iterator[None]:
+        """Another denoiser inside, the base's own outside."""
+        own = self.denoiser
+        self.pipe.register_modules(**{self.family.denoiser_part: denoiser})
+        try:
+            yield
+        finally:
+            self.pipe.register_modules(**{self.family.denoiser_part: own})
 
     @property
     def vae(self) -> nn.Module:

@@ -25,6 +25,12 @@ class SCEditConfig(Config):
     hint_channels: int | None = Field(None, description="width of the hint (CSC only); 256 (SDXL: 320) when not given")
     weights: dict[str, float] = Field(default_factory=dict, description="weight of each condition (alpha in eq. 7)")
     normalize: bool = Field(True, description="scale the condition weights to a sum of 1, as in eq. 7 (CSC only)")
+    gains: dict[str, float] = Field(
+        default_factory=dict, description="fixed strength of each condition, 1 when not given (CSC only)"
+    )
+    ranks: dict[int, int] | None = Field(
+        None, description="bottleneck widths of an SC-Tuner by skip, instead of ratio; with conditions, beside them"
+    )
 
 
 class DiffScalerConfig(Config):
@@ -34,6 +40,7 @@ class DiffScalerConfig(Config):
         None, description="parts of the base, e.g. blocks, down_blocks, whole, or regular expressions over layer names"
     )
     dim: int | None = Field(None, ge=0, description="width d of the branch; 0 for none, 64 (U-Nets: 32) when not given")
+    dims: dict[str, int] = Field(default_factory=dict, description="d of single branches, by layer, instead of dim")
     qkv: Literal["grouped", "separate"] = Field(
         "grouped", description="whether a transformer's q, k and v share W_down and s, as one fused layer"
     )
@@ -73,6 +80,7 @@ class LoRAConfig(Config):
     rank: int = Field(8, ge=1, description="rank of the update (peft: r)")
     alpha: float | None = Field(None, gt=0, description="the update is multiplied by alpha / rank; rank when not given")
     layers: tuple[str, ...] | None = Field(("attention",), description=ADAPTED)
+    ranks: dict[str, int] = Field(default_factory=dict, description="rank of single layers, instead of rank")
 
 
 class DoRAConfig(LoRAConfig):

@@ -8,7 +8,7 @@ separate encoder, no zero convolutions": here, as further columns of W_down at t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +47,7 @@ class DiffScaler(SiteTuner):
         self._check(denoiser)
         grouped = family.grouped if config.qkv == "grouped" else ""
         self.branch_of = {site.name: shared_name(site, grouped) for site in sites}
+        self.dims = self._dims(sites)
         self.branches, self.affiners = nn.ModuleDict(), nn.ModuleDict()
         for site in sites:
             self._add(site, biased=find_module(denoiser, site.name).bias is not None)
@@ -54,9 +55,9 @@ class DiffScaler(SiteTuner):
 
     def _check(self, denoiser: nn.Module) -> None:
         config = self.config
-        if not (self.dim or config.scale or config.shift != "none"):
+        if not (self.dim or any(config.dims.values()) or config.scale or config.shift != "none"):
             raise UsageError("dim=0, scale=false and shift=none leave nothing to train; allow one of them.")
-        if self.conditions and not self.dim:
+        if self.conditions and not config.dims.get(self.first.name if self.first else "", self.dim):
             raise UsageError("conditions enter through the branch, and dim=0 leaves it out; give dim, or drop --cond.")
         for site in self.sites:
             layer: Any = find_module(denoiser, site.name)
@@ -65,14 +66,26 @@ class DiffScaler(SiteTuner):
             if min(middle(site)) < 0:
                 raise DoesNotFit(f"{site.name} has more padding than half its kernel; leave it out of layers.")
 
+    def _dims(self, sites: Sequence[Layer]) -> dict[str, int]:
+        """d by layer. Raises `DoesNotFit` for a layer that is not adapted, and for layers that share a branch."""
+        given = self.config.dims
+        if strange := sorted(given.keys() - self.branch_of.keys()):
+            raise DoesNotFit(f"dims names {strange[0]}, which is not an adapted layer.")
+        dims = {site.name: given.get(site.name, self.dim) for site in sites}
+        widths: dict[str, int] = {}
+        for name, shared in self.branch_of.items():
+            if widths.setdefault(shared, dims[name]) != dims[name]:
+                raise DoesNotFit(f"dims gives {name} another width than the layers that share its branch.")
+        return dims
+
     def _add(self, site: Layer, biased: bool) -> None:
         """The Affiner of a site, and its branch where no other site has brought it."""
-        config, name = self.config, self.branch_of[site.name]
+        config, name, dim = self.config, self.branch_of[site.name], self.dims[site.name]
         shift = config.shift == "all" or (config.shift == "biased" and biased)
-        self.affiners[key(site.name)] = Affiner(site, self.dim, config.scale, shift, config.gate, config.branch_bias)
-        if self.dim and key(name) not in self.branches:
+        self.affiners[key(site.name)] = Affiner(site, dim, config.scale, shift, config.gate, config.branch_bias)
+        if dim and key(name) not in self.branches:
             columns = dict.fromkeys(self.conditions, self.width) if site == self.first else {}
-            self.branches[key(name)] = Branch(site, self.dim, config.gate, config.branch_bias, columns)
+            self.branches[key(name)] = Branch(site, dim, config.gate, config.branch_bias, columns)
 
     @property
     def width(self) -> int:
@@ -82,7 +95,9 @@ class DiffScaler(SiteTuner):
 
     def describe_sites(self) -> list[str]:
         """The parts, with the number of layers and d."""
-        lines = [f"{self.chosen} layers of {', '.join(self.parts)}, d = {self.dim}"]
+        dims = sorted({*self.dims.values()}) or [self.dim]
+        width = str(dims[0]) if len(dims) == 1 else f"{dims[0]} to {dims[-1]}"
+        lines = [f"{self.chosen} layers of {', '.join(self.parts)}, d = {width}"]
         if self.first is not None:
             form = "its latent" if self.config.hint == "vae" else "pixels"
             lines.append(f"{self.first.name} with {self.width} channels a condition ({form})")
@@ -150,7 +165,7 @@ class DiffScaler(SiteTuner):
 
     def _hidden(self, site: Layer, x: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """h and s of the site's branch; h is computed once for all layers of a group that are given the same tensor."""
-        if not self.dim:
+        if not self.dims[site.name]:
             return None, None
         name = self.branch_of[site.name]
         branch: Any = self.branches[key(name)]

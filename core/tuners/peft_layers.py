@@ -17,7 +17,7 @@ from peft import LoKrConfig as PeftLoKrConfig
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from ..errors import SctoolError, UsageError
+from ..errors import DoesNotFit, SctoolError, UsageError
 from ..sites.attaching import Attachment, all_or_none
 from ..sites.layers import Layer, find_module, layer_site
 from ..sites.parts import chosen_layers
@@ -109,16 +109,18 @@ class PeftTuner(SiteTuner):
         if conditions:
             raise UsageError(f"{self.method} takes no condition maps; drop --cond, or use --method scedit.")
         super().__init__(config, chosen_layers(denoiser, config.layers), (), vae_scale)
+        if strange := sorted(getattr(config, "ranks", {}).keys() - {site.name for site in self.sites}):
+            raise DoesNotFit(f"ranks names {strange[0]}, which is not an adapted layer.")
         self.adapted: dict[Layer, Any] = {}
         for site in self.sites:
-            layer = wrapped(find_module(denoiser, site.name), self.settings())
+            layer = wrapped(find_module(denoiser, site.name), self.settings(site))
             del layer.base_layer
             self.adapted[site] = layer
             place(self, site.name, layer)
         self.train(self.training)
 
-    def settings(self) -> PeftConfig:
-        """peft's own configuration."""
+    def settings(self, site: Layer) -> PeftConfig:
+        """peft's own configuration of a layer."""
         raise NotImplementedError
 
     def describe_sites(self) -> list[str]:
@@ -158,9 +160,9 @@ class LoRA(PeftTuner):
     method = "lora"
     config: LoRAConfig
 
-    def settings(self) -> PeftConfig:
+    def settings(self, site: Layer) -> PeftConfig:
         """As peft names them."""
-        rank, alpha = self.config.rank, self.config.alpha
+        rank, alpha = self.config.ranks.get(site.name, self.config.rank), self.config.alpha
         return LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=["layer"])
 
 
@@ -173,9 +175,9 @@ class DoRA(LoRA):
     method = "dora"
     config: DoRAConfig
 
-    def settings(self) -> PeftConfig:
+    def settings(self, site: Layer) -> PeftConfig:
         """LoRA's with `use_dora`."""
-        settings = super().settings()
+        settings = super().settings(site)
         settings.use_dora = True
         return settings
 
@@ -186,7 +188,7 @@ class LoKr(PeftTuner):
     method = "lokr"
     config: LoKrConfig
 
-    def settings(self) -> PeftConfig:
+    def settings(self, site: Layer) -> PeftConfig:
         """As peft names them."""
         config = self.config
         return PeftLoKrConfig(

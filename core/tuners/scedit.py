@@ -8,6 +8,7 @@ inferred from the printed parameter counts and is marked so. The hint path sees 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -61,9 +62,8 @@ def keep_variance(layers: nn.Module) -> None:
 class Adapter(nn.Module):
     """Eq. 6: T(x) = W_up gelu(W_down x), with biases, for x (B, C, h, w)."""
 
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: int, rank: int) -> None:
         super().__init__()
-        rank = max(1, int(channels * ratio))
         self.down, self.up = nn.Linear(channels, rank), zeroed(nn.Linear(rank, channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,9 +74,8 @@ class Adapter(nn.Module):
 class ConvAdapter(nn.Module):
     """The ablation's Conv operation (Tab. 5): 3x3 convolutions over C / 8 channels (inferred from its count)."""
 
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: int, rank: int) -> None:
         super().__init__()
-        rank = max(1, int(channels * ratio / 8))
         self.down = nn.Conv2d(channels, rank, 3, padding=1)
         self.up = zeroed(nn.Conv2d(rank, channels, 3, padding=1))
 
@@ -92,9 +91,8 @@ class ResPrefix(nn.Module):
     (arXiv 2310.19859) with a choice of widths and biases that meets the printed count of 21.64M; others meet it too.
     """
 
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: int, length: int) -> None:
         super().__init__()
-        length = max(1, int(channels * ratio / 10))
         self.query, self.out = nn.Linear(channels, channels, bias=False), zeroed(nn.Linear(channels, channels))
         self.key = nn.Parameter(torch.randn(length, channels) * channels**-0.5)
         self.value = nn.Parameter(torch.randn(length, channels) * channels**-0.5)
@@ -107,12 +105,17 @@ class ResPrefix(nn.Module):
         return conv(F.conv2d(share.to(query.dtype), value.T[:, :, None, None]), self.out)
 
 
-OPERATORS = {"linear": Adapter, "conv": ConvAdapter, "resprefix": ResPrefix}
+OPERATORS = {"linear": (Adapter, 1), "conv": (ConvAdapter, 8), "resprefix": (ResPrefix, 10)}
+"""The operations, and the divisor of the width that `ratio` multiplies."""
 
 
-def operators(config: SCEditConfig, sites: list[Skip]) -> nn.ModuleDict:
-    """One tuner operation a skip, by the skip's index."""
-    return nn.ModuleDict({str(site.index): OPERATORS[config.operator](site.channels, config.ratio) for site in sites})
+def operators(config: SCEditConfig, sites: list[Skip], ranks: Mapping[int, int] | None = None) -> nn.ModuleDict:
+    """One tuner operation a skip, by the skip's index; of the width that `ranks` gives, or the ratio."""
+    operator, divisor = OPERATORS[config.operator]
+    widths = ranks or {site.index: max(1, int(site.channels * config.ratio / divisor)) for site in sites}
+    return nn.ModuleDict(
+        {str(site.index): operator(site.channels, widths[site.index]) for site in sites if site.index in widths}
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the hint cascade
@@ -210,7 +213,10 @@ class Branch(nn.Module):
 
 
 class SCEdit(SiteTuner):
-    """SC-Tuner (eq. 5) without conditions; CSC-Tuner (eq. 7) with them, one branch a condition."""
+    """SC-Tuner (eq. 5) without conditions; CSC-Tuner (eq. 7) with them, one branch a condition.
+
+    A merged one may be both: an SC-Tuner of the widths in `ranks` beside the conditions' branches.
+    """
 
     method = "scedit"
     config: SCEditConfig
@@ -218,17 +224,17 @@ class SCEdit(SiteTuner):
     def __init__(
         self, config: SCEditConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
     ) -> None:
-        super().__init__(config, select(known_skips(denoiser), config.skips), conditions, vae_scale)
+        every = known_skips(denoiser)
+        cascade = select(every, config.skips) if conditions or config.ranks is None else []
+        alone = select(every, tuple(config.ranks)) if config.ranks else [] if conditions else cascade
+        sites = [site for site in every if site in cascade or site in alone]
+        super().__init__(config, sites, conditions, vae_scale)
         self.weights, self.normalize = config.weights, config.normalize
-        known_conditions(config.weights, self.conditions)
-        if not self.conditions:
-            self.sc = operators(config, self.sites)
-            return
-        strides = cascade_strides(denoiser, self.sites)
+        known_conditions({**config.weights, **config.gains}, self.conditions)
+        self.sc = operators(config, alone, config.ranks)
+        strides = cascade_strides(denoiser, cascade)
         sdxl = denoiser.config.get("addition_embed_type") == "text_time"  # the authors' code widens its hint block
-        self.csc = nn.ModuleDict(
-            {name: Branch(config, self.sites, strides, sdxl, vae_scale) for name in self.conditions}
-        )
+        self.csc = nn.ModuleDict({name: Branch(config, cascade, strides, sdxl, vae_scale) for name in self.conditions})
 
     def site_metadata(self) -> dict[str, Any]:
         """The edited skips and their widths."""
@@ -239,13 +245,13 @@ class SCEdit(SiteTuner):
         return {name: self.csc[name].encode(hint) for name, hint in hints.items()}
 
     def delta(self, site: Skip, x: Tensor, call: Call) -> Tensor | None:
-        """T(x) of eq. 5, or the sum of eq. 7 over the conditions that have a hint; None without any."""
-        if not self.conditions:
-            return self.sc[str(site.index)](x)
-        total = None
+        """T(x) of eq. 5 and the sum of eq. 7 over the conditions that have a hint; None where there is neither."""
+        key = str(site.index)
+        total = self.sc[key](x) if key in self.sc else None
         for name, levels in call.features.items():
-            if call.alphas[name] != 0:
-                part = call.alphas[name] * self.csc[name].delta(site, x, levels[site.index])
+            weight = call.alphas[name] * self.config.gains.get(name, 1.0)
+            if weight != 0 and site.index in levels:
+                part = weight * self.csc[name].delta(site, x, levels[site.index])
                 total = part if total is None else total + part
         return total
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...data.prompts import Prompt, PromptRule
@@ -52,6 +53,10 @@ class Family(ABC):
 
     def prepare(self, denoiser: nn.Module) -> None:  # noqa: B027 - most need nothing
         """Brings a denoiser into the form that this project uses, with the same weights and outputs."""
+
+    def stored(self, denoiser: nn.Module) -> AbstractContextManager[Any]:
+        """The denoiser in the form that diffusers stores, inside; as `prepare` made it, outside."""
+        return nullcontext()
 
     def latent_size(self, config: Mapping[str, Any]) -> int:
         """The side of the latents that the base was trained on."""

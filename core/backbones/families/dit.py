@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -84,6 +84,10 @@ class DiT(Family):
         first = denoiser.transformer_blocks[0].norm1.emb
         if all(_equal(first, block.norm1.emb) for block in denoiser.transformer_blocks[1:]):
             _tie(denoiser)
+
+    def stored(self, denoiser: Any) -> AbstractContextManager[None]:
+        """Embedders of its own in each block."""
+        return untied(denoiser)
 
     def size_multiple(self, config: Mapping[str, Any], vae_scale: int) -> int:
         """Latents must divide into patches."""
