@@ -138,6 +138,8 @@ def tidied(tuner: DiffScaler, denoiser: nn.Module) -> DiffScaler:
             theirs = tuner.branches[key(shared)]
             for own, source in zip(_rows(branch), _rows(theirs), strict=True):
                 own.copy_(source[leaders])
+            if branch.gate is not None:
+                branch.gate.copy_(theirs.gate)
             for name in names:
                 up, source = small.affiners[key(name)].up, tuner.affiners[key(name)].up
                 columns = [sum(factor * source[:, unit] for unit, factor in members) for _, members in joined[shared]]
