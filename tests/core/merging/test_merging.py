@@ -217,7 +217,8 @@ def test_weights_are_the_base_s_plus_the_differences(method: str) -> None:
     net = wide(unet)
     tuners = [tuner(net, method, seed) for seed in (0, 1)]
     rule = find_rule(method)[1]
-    assert rule.exact and not rule.additive
+    assert rule.exact
+    assert not rule.additive
     whole = merged(tuners, [0.7, -0.4], net, rule)
     theirs = dict(net.named_parameters())
     for name, own in whole.named_parameters():
