@@ -154,7 +154,9 @@ def _named(target: Any) -> str:
 
 def _check_base(file: Path, meta: Mapping[str, Any], target: Any) -> None:
     base = meta.get("base", {})
-    if not hasattr(target, "hash") or "hash" not in base or base["hash"] == target.hash:
+    if not hasattr(target, "hash") or "hash" not in base:
+        return
+    if base["hash"] in (target.hash, *getattr(target, "ancestors", ())):  # a student takes its teacher's tuners
         return
     raise SctoolError(
         f"tuner '{file}' was trained on base '{base.get('id')}' ({base['hash'][:12]}), not on {_named(target)}. "

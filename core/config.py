@@ -80,6 +80,57 @@ RESERVED = ("tuner", "preview", "base", "tuned")
 """Names of files and folders in a run."""
 
 
+class StudentConfig(Config):
+    """What a student of a base is, before it is trained. One of ratio, budget, ranks and prune decides its size."""
+
+    ratio: float = Field(0.4225, description="share of the weights of every layer that is kept, as two thin layers")
+    budget: float | None = Field(
+        None,
+        gt=0,
+        description="the student's parameters, or their share of the base's; ranks follow the energy",
+    )
+    ranks: dict[str, int] | None = Field(None, description="ranks by layer name or regular expression")
+    prune: Literal["base", "small", "tiny"] | None = Field(
+        None, description="remove blocks instead, as BK-SDM's student of this size"
+    )
+    form: Literal["flat", "spatial"] = Field(
+        "flat", description="convolutions as k x k and 1 x 1, or as k x 1 and 1 x k"
+    )
+    start: Literal["balanced", "paper", "whitened"] = Field(
+        "balanced", description="SVD of the weights, its singular values on both factors or on the second (paper); "
+        "or of weights times inputs"
+    )  # fmt: skip
+    keep: tuple[str, ...] = Field((), description="beginnings of the names of layers that stay as they are")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> StudentConfig:
+        named = [key for key in ("budget", "ranks", "prune") if getattr(self, key) is not None]
+        if len(named) > 1:
+            raise UsageError(f"{' and '.join(named)} each decide the student's size; give one of them.")
+        return self
+
+
+class DistillConfig(StudentConfig):
+    """How a student learns from its teacher. The three losses are added with these weights."""
+
+    output: float = Field(1.0, ge=0, description="weight of the difference to the teacher's output")
+    weighting: Literal["native", "epsilon", "truncated_snr", "snr_plus_one", "min_snr"] = Field(
+        "native", description="weights of that difference over the noise schedule"
+    )
+    gamma: float = Field(5.0, gt=0, description="gamma of min_snr")
+    feature: float = Field(0.1, ge=0, description="weight of the relative differences of the blocks' outputs")
+    task: float = Field(0.0, ge=0, description="weight of the ordinary training loss")
+    cache: int = Field(0, ge=0, description="teacher outputs kept on disk per image, drawn once; 0 for none")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DistillConfig:
+        if not (self.output or self.feature or self.task):
+            raise UsageError("output, feature and task are all 0, so that the student has nothing to learn.")
+        if self.cache and self.feature:
+            raise UsageError("the cache holds the teacher's outputs and not its blocks'; give feature=0 with cache.")
+        return self
+
+
 class TrainConfig(Config):
     """Everything that decides a training run's result."""
 
@@ -89,6 +140,7 @@ class TrainConfig(Config):
     base: str = Field("mini", description="'mini', a diffusers-format folder, or a hub id")
     init: str | None = Field(None, description="tuner file or run to continue from")
     tasks: tuple[TaskConfig, ...] = Field((), description="tasks that are trained together, a tuner each")
+    distill: DistillConfig | None = Field(None, description="the student of `sctool distill`; the base is its teacher")
 
     data: str = Field("photos", description="'photos', an image folder, webdataset shards, or a prompt.json")
     maps: str | None = Field(None, description="folder of condition maps that are not in the data set")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import unknown
 from .bases import EMBEDDED, downsampling_factor, family_of_base, find_base, read_config
 from .families import Family, family_of_denoiser
+from .students import Student, read_student
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +57,7 @@ class Architecture:
     name: str
     config: Mapping[str, Any]
     vae_scale: int
+    student: Student | None = None
 
     @property
     def family(self) -> Family:
@@ -67,7 +69,8 @@ class Architecture:
         import torch
 
         with torch.device(device):
-            return self.family.build_denoiser(self.config).eval()
+            denoiser = self.family.build_denoiser(self.config)
+            return (self.student.shaped(denoiser) if self.student else denoiser).eval()
 
 
 def architecture(base: str) -> Architecture:
@@ -82,4 +85,4 @@ def architecture(base: str) -> Architecture:
     folder = find_base(base, offline=True)
     family = family_of_base(folder, base)
     denoiser, vae = (read_config(folder, part, base) for part in (family.denoiser_part, "vae"))
-    return Architecture(base, denoiser, downsampling_factor(vae))
+    return Architecture(base, denoiser, downsampling_factor(vae), read_student(folder))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,8 @@ from .bases import (
     weight_files,
 )
 from .families import Family
+from .students import NAME as STUDENT
+from .students import Student, read_student
 
 if TYPE_CHECKING:
     from .families.base import Rows
@@ -54,10 +57,17 @@ class Backbone:
     pipe: DiffusionPipeline = field(repr=False)
     classes: tuple[str, ...] = ()
     """Labels that a tuner adds to those of a class-conditional base."""
+    student: Student | None = None
+    """How it was made of another base, its teacher."""
 
     def with_classes(self, classes: Iterable[str]) -> Backbone:
         """The same base with other added classes; both share all weights."""
         return replace(self, classes=tuple(classes))
+
+    @property
+    def ancestors(self) -> tuple[str, ...]:
+        """The hashes of the bases that it is a student of, whose tuners it takes."""
+        return self.student.ancestors if self.student else ()
 
     @property
     def denoiser(self) -> nn.Module:
@@ -214,6 +224,9 @@ def load_backbone(
     }
     if all(".fp16." in file.name for file in files):
         options["variant"] = "fp16"
+    student = read_student(folder)
+    if student and student.ranks:
+        options[family.denoiser_part] = load_thin(folder, family, student, base).to(dtype)
     try:
         pipe = DiffusionPipeline.from_pretrained(str(folder), **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -234,4 +247,30 @@ def load_backbone(
         vae_hash=content_hash(folder, "vae"),
         conditioner_hash=content_hash(folder, *conditioners) if conditioners else denoiser_hash,
         pipe=pipe,
+        student=student,
     )
+
+
+def load_thin(folder: Path, family: Family, student: Student, base: str) -> nn.Module:
+    """A student's denoiser, its low-rank layers included. Raises `SctoolError` for weights that do not fit."""
+    from accelerate import init_empty_weights
+    from safetensors.torch import load_file
+
+    with init_empty_weights(include_buffers=False):
+        denoiser = family.build_denoiser(read_config(folder, family.denoiser_part, base))
+        try:
+            student.shaped(denoiser)
+        except AttributeError as error:
+            raise SctoolError(f"--base {base}: {STUDENT} names a layer that is not there ({error}).") from error
+    weights: dict[str, Tensor] = {}
+    try:
+        for file in weight_files(folder, family.denoiser_part):
+            weights |= load_file(file)
+        denoiser.load_state_dict(weights, assign=True)
+    except Exception as error:  # safetensors and torch have several kinds
+        reason = str(error).splitlines()[-1].strip()
+        raise SctoolError(
+            f"--base {base}: the weights in {family.denoiser_part}/ do not fit {STUDENT} ({reason}). "
+            "Make the student again with sctool distill."
+        ) from error
+    return denoiser

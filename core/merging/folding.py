@@ -1,4 +1,4 @@
-"""Tuners folded into the base's own weights, where that is exact, and a plain diffusers folder of the result.
+"""Tuners folded into the base's own weights, where that is exact.
 
 What cannot be folded is refused by name. For DiffScaler's branch there is an approximation, made only when asked for:
 relu(z) is replaced by p z, where p is the share of z > 0 on a fixed batch.
@@ -7,18 +7,14 @@ relu(z) is replaced by p z, where p is the share of z > 0 on a fixed batch.
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backbones.bases import find_base
 from ..backbones.loading import Backbone
 from ..errors import DoesNotFit
-from ..files import replacing_folder
 from ..sites.attaching import channel, tuned
 from ..sites.layers import find_module
 from ..tuners.base import Tuner
@@ -152,21 +148,3 @@ def _shares(backbone: Backbone, tuner: DiffScaler, batch: Batch) -> dict[str, Te
         for handle in handles:
             handle.remove()
     return {name: seen / number for name, (seen, number) in counts.items()}
-
-
-def save_base(path: str | Path, backbone: Backbone, denoiser: nn.Module, card: str) -> Path:
-    """Writes a plain diffusers folder: the base's own parts, and `denoiser` in its place. Atomic; returns the folder.
-
-    card: the model card (README.md). Raises `SctoolError` when it cannot be written.
-    """
-    source, part, path = find_base(backbone.id, offline=True), backbone.family.denoiser_part, Path(path)
-    with replacing_folder(path) as temporary:
-        for entry in sorted(source.iterdir()):
-            if entry.name == part or entry.name.startswith("."):
-                continue
-            copied = shutil.copytree if entry.is_dir() else shutil.copy2
-            copied(entry, temporary / entry.name)
-        with backbone.family.stored(denoiser):
-            denoiser.save_pretrained(temporary / part, safe_serialization=True)  # type: ignore[operator]
-        (temporary / "README.md").write_text(card)
-    return path

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from ..backbones.loading import Backbone
+from ..backbones.saving import save_base
 from ..checkpoint import load_tuner, save_tuner
 from ..chosen import Chosen
 from ..errors import SctoolError, UsageError
 from ..files import sha256
 from ..tuners.base import Tuner
-from .folding import folded, save_base
+from .folding import folded
 from .measuring import MergeError, compare, fixed_batch, outputs
 from .table import check_methods, find_rule, merged
 

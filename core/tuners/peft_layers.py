@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from peft import LoKrConfig as PeftLoKrConfig
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -61,7 +62,10 @@ def standin(layer: nn.Linear | nn.Conv2d) -> nn.Module:
             nn.Conv2d, layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
             layer.dilation, layer.groups, bias, device=device,
         )  # fmt: skip
-    copy.load_state_dict(layer.state_dict())
+    with torch.no_grad():  # not by state: a low-rank layer's weight is a product
+        copy.weight.copy_(layer.weight)
+        if layer.bias is not None:
+            copy.bias.copy_(layer.bias)
     return copy
 
 

@@ -1,0 +1,133 @@
+"""From a base to its untrained student: ranks or blocks, the start of its weights, and a folder of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbones.loading import Backbone
+from ..backbones.saving import save_base
+from ..backbones.students import NAME, Student
+from ..backbones.thin import THIN, make_dense
+from ..config import StudentConfig
+from ..errors import DoesNotFit, UsageError
+from ..files import write_json
+from ..merging.measuring import fixed_batch
+from .factorising import decompose, input_moments, layers_to_divide
+from .pruning import pruned
+from .ranks import by_energy, by_map, by_ratio, fixed_size, size
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a student will be: parameters of the denoiser before and after, and the layers that change."""
+
+    before: int
+    after: int
+    ranks: Mapping[str, int]
+    layers: int
+
+
+def plan(denoiser: nn.Module, config: StudentConfig) -> Plan:
+    """The ranks that the settings give, or the blocks that they leave. Raises `UsageError` for what cannot be."""
+    before = sum(p.numel() for p in denoiser.parameters())
+    if config.prune:
+        from ..sites.parts import family_of
+
+        student = pruned(copy.deepcopy(denoiser).to("meta"), family_of(denoiser), config.prune)
+        after = sum(p.numel() for p in student.parameters())
+        _check_smaller(before, after)
+        return Plan(before, after, {}, 0)
+    layers = layers_to_divide(denoiser, config.keep)
+    fixed = fixed_size(denoiser, layers)
+    if config.ranks is not None:
+        ranks = by_map(layers, config.ranks, config.form)
+    elif config.budget is not None:
+        if next(denoiser.parameters()).is_meta:
+            raise UsageError("a budget is shared out by the weights' singular values, and this base has no weights.")
+        ranks = by_energy(layers, budget(config.budget, before), fixed, config.form)
+    else:
+        ranks = by_ratio(layers, config.ratio, config.form)
+    after = fixed + size(layers, ranks, config.form)
+    _check_smaller(before, after)
+    return Plan(before, after, ranks, len(layers))
+
+
+def budget(wanted: float, before: int) -> int:
+    """A budget in parameters; up to 1 it is a share of the base's."""
+    return int(wanted * before) if wanted <= 1 else int(wanted)
+
+
+def _check_smaller(before: int, after: int) -> None:
+    if after >= before:
+        raise UsageError(
+            f"this student would have {after:,} parameters, its teacher has {before:,}: a student is smaller. "
+            "Lower --ratio or --budget, or take the teacher's own teacher as --base."
+        )
+
+
+def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None) -> tuple[nn.Module, Student]:
+    """The untrained student's denoiser, a new module, and what it says of itself.
+
+    Raises `UsageError` for settings that the base does not allow.
+    """
+    own = plan(backbone.denoiser, config)
+    made = config.model_dump(mode="json")
+    ancestors = (backbone.hash, *backbone.ancestors)
+    if config.prune:
+        denoiser = pruned(backbone.denoiser, backbone.family, config.prune)
+        return denoiser, Student("pruned", backbone.id, ancestors, made=made)
+    moments = None
+    if config.start == "whitened":
+        say("measuring the inputs of the layers")
+        moments = calibrate(backbone, list(own.ranks))
+    say(f"factorising {len(own.ranks)} layers")
+    denoiser = copy.deepcopy(backbone.denoiser)
+    decompose(denoiser, own.ranks, config.form, config.start, moments)
+    ranks = _all_ranks(denoiser)
+    return denoiser, Student("low-rank", backbone.id, ancestors, ranks, config.form, made)
+
+
+def _all_ranks(denoiser: nn.Module) -> dict[str, int]:
+    """The ranks of all low-rank layers. Raises `DoesNotFit` for a teacher whose convolutions have another form."""
+    found: dict[str, Any] = {name: module for name, module in denoiser.named_modules() if isinstance(module, THIN)}
+    forms = {module.form for module in found.values() if hasattr(module, "form")}
+    if len(forms) > 1:
+        raise DoesNotFit("the teacher has low-rank convolutions of another form; give the same --form.")
+    return {name: module.rank for name, module in found.items()}
+
+
+def calibrate(backbone: Backbone, names: list[str], rounds: int = 8) -> dict[str, torch.Tensor]:
+    """E[x x^T] of the layers' inputs while the base draws: `rounds` of four images, at timesteps over the schedule."""
+    batch, family = fixed_batch(backbone, ()), backbone.family
+    noising, generator = backbone.noising(), torch.Generator().manual_seed(1)
+
+    def run() -> None:
+        x = batch.latents
+        for number in range(rounds):  # from noise to images: the base's own estimate, noised again
+            t = torch.full_like(batch.t, int((1 - (number + 0.5) / rounds) * noising.levels))
+            prediction = family.predict(backbone.denoiser, x, t, batch.rows, None).float()
+            clean = noising.clean(x, prediction, t)
+            following = (t - noising.levels // rounds).clamp(min=0)
+            noise = torch.randn(x.shape, generator=generator).to(x.device)
+            x = noising.add_noise(clean, noise, following).to(batch.latents.dtype)
+
+    return input_moments(backbone.denoiser, names, run)
+
+
+def save_student(path: str | Path, backbone: Backbone, denoiser: nn.Module, student: Student, card: str) -> Path:
+    """Writes a student's folder: its teacher's parts, its own denoiser and `student.json`. Atomic; returns it."""
+    return save_base(path, backbone, denoiser, card, lambda folder: write_json(folder / NAME, student.as_json()))
+
+
+def densified(denoiser: nn.Module) -> nn.Module:
+    """A copy with ordinary layers: the stock architecture, which everything can load."""
+    return make_dense(copy.deepcopy(denoiser))
