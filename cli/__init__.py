@@ -13,6 +13,7 @@ from ..core.errors import SctoolError
 from .annotate import annotate
 from .bench import app as bench
 from .compare import compare
+from .distill import distill
 from .evaluate import evaluate
 from .merge import merge
 from .methods import methods
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (annotate, train, merge, sample, evaluate, compare, methods):
+for command in (annotate, train, distill, merge, sample, evaluate, compare, methods):
     app.command(cls=Command, no_args_is_help=command in (annotate, merge))(command)
 app.add_typer(bench, name="bench")
 app.add_typer(weights, name="weights")

@@ -24,6 +24,7 @@ from ..core.runs import Run
 from ..core.sampling import Request
 
 Images = dict[str, np.ndarray]
+Distance = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], dict[str, float]]
 
 SHOWN = 8  # rows of the sheet that shows hint, base and tuned side by side
 COUNTS = "heldout.json"
@@ -196,3 +197,32 @@ def adherence(
     from .control.table import measures
 
     return measures(conds, map_settings, Progress(quiet).note)
+
+
+def sample_distance(
+    base: str, *, offline: bool = False
+) -> Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], dict]:
+    """A function of (images, reference images), uint8 (H, W, 3) each, that returns their Frechet distance as {"fd": x}.
+
+    Of the few images that a training draws on the way it is biased upwards: it shows a trend. The features are those
+    that are on this machine, else the embedded ones.
+    """
+    import torch
+
+    from .features.choosing import choose_features
+    from .features.inception import inception_cache
+    from .sets.frechet import FrechetStats, frechet_distance
+
+    def distance(images: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> dict[str, float]:
+        kind = "auto" if inception_cache().is_file() else "mini"
+        extractor = choose_features(kind, base=base, offline=offline)
+        moments = []
+        for part in (images, reference):
+            stats = FrechetStats(extractor.dim)
+            for first in range(0, len(part), 16):
+                pixels = torch.from_numpy(np.stack(part[first : first + 16])).permute(0, 3, 1, 2)
+                stats.update(extractor(pixels))
+            moments.append(stats.compute())
+        return {"fd": frechet_distance(*moments)}
+
+    return distance

@@ -14,7 +14,7 @@ from torch import nn
 from ..backbones.loading import Backbone
 from ..backbones.saving import save_base
 from ..backbones.students import NAME, Student
-from ..backbones.thin import THIN, make_dense
+from ..backbones.thin import THIN, Form, make_dense
 from ..config import StudentConfig
 from ..errors import DoesNotFit, UsageError
 from ..files import write_json
@@ -92,17 +92,20 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
     say(f"factorising {len(own.ranks)} layers")
     denoiser = copy.deepcopy(backbone.denoiser)
     decompose(denoiser, own.ranks, config.form, config.start, moments)
-    ranks = _all_ranks(denoiser)
-    return denoiser, Student("low-rank", backbone.id, ancestors, ranks, config.form, made)
+    ranks, form = all_ranks(denoiser)
+    return denoiser, Student("low-rank", backbone.id, ancestors, ranks, form, made)
 
 
-def _all_ranks(denoiser: nn.Module) -> dict[str, int]:
-    """The ranks of all low-rank layers. Raises `DoesNotFit` for a teacher whose convolutions have another form."""
+def all_ranks(denoiser: nn.Module) -> tuple[dict[str, int], Form]:
+    """The ranks of all low-rank layers, and the form of the convolutions among them.
+
+    Raises `DoesNotFit` for a teacher whose convolutions have another form.
+    """
     found: dict[str, Any] = {name: module for name, module in denoiser.named_modules() if isinstance(module, THIN)}
     forms = {module.form for module in found.values() if hasattr(module, "form")}
     if len(forms) > 1:
         raise DoesNotFit("the teacher has low-rank convolutions of another form; give the same --form.")
-    return {name: module.rank for name, module in found.items()}
+    return {name: module.rank for name, module in found.items()}, forms.pop() if forms else "flat"
 
 
 def calibrate(backbone: Backbone, names: list[str], rounds: int = 8) -> dict[str, torch.Tensor]:

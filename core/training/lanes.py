@@ -5,7 +5,7 @@ Lanes share the base and every forward pass, and nothing else: trained together 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +22,19 @@ Measures = Mapping[str, Callable[..., dict[str, float]]]
 """Condition -> function (images, hints) -> figures of how well the images follow their hints."""
 
 
+Distance = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
+"""Function (images, the reference's images) -> figures of how far the one set is from the other."""
+
+
 @dataclass(frozen=True)
 class TaskSet:
-    """What a task trains on: its images, those held out, how its maps were made, and what measures adherence."""
+    """What a task trains on: its images, those held out, how its maps were made, and what measures its samples."""
 
     source: Source
     held_out: Source | None = None
     map_meta: Mapping[str, Any] = field(default_factory=dict)
     measures: Measures = field(default_factory=dict)
+    distance: Distance | None = None
 
 
 @dataclass

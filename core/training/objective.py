@@ -33,6 +33,20 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One batch as the network is given it; `hints` in 0..1 by condition, `kept` tokens and `tasks` as in `Draw`."""
+
+    latents: Tensor
+    noise: Tensor
+    noisy: Tensor
+    t: Tensor
+    rows: Rows
+    hints: dict[str, Tensor] | None
+    kept: Tensor | None
+    tasks: Any
+
+
+@dataclass(frozen=True)
 class DiffusionObjective:
     """Mean squared error of the prediction against the base's own training target.
 
@@ -59,16 +73,29 @@ class DiffusionObjective:
 
     def __call__(self, net: nn.Module, batch: Mapping[str, Any], draw: Draw) -> Tensor:
         """The loss of each sample, (B,) float32, weighted by min-SNR where `snr_gamma` is given."""
+        sample = self.sample(batch, draw)
+        return self.error(sample, self.output(net, sample))
+
+    def sample(self, batch: Mapping[str, Any], draw: Draw) -> Sample:
+        """What a batch and a draw make: noisy latents and all that the network is given with them."""
         t, noise = draw.t.to(self.device), draw.noise.to(self.device)
         mean, std = (batch[name].to(self.device).float() for name in ("mean", "std"))
         latents = mean + std * draw.posterior.to(self.device)
         noisy = self.noising.add_noise(latents, noise, t)
+        rows = {**self._rows(batch["text"], draw), **self.family.size_rows(len(t), self.size, self.device)}
+        kept = None if draw.kept is None else draw.kept.to(self.device)
+        hints = self._hints(batch["hints"], draw) or None
+        return Sample(latents, noise, noisy, t, rows, hints, kept, batch.get("task"))
+
+    def output(self, net: nn.Module, sample: Sample) -> Tensor:
+        """What the network makes of it, (B, C or 2C, h, w)."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            rows = {**self._rows(batch["text"], draw), **self.family.size_rows(len(t), self.size, self.device)}
-            kept = None if draw.kept is None else draw.kept.to(self.device)
-            hints = self._hints(batch["hints"], draw) or None
-            output = net(noisy.to(self.dtype), t, rows, hints, kept, batch.get("task"))
-        prediction, values = _split(output.float(), latents.shape[1])
+            return net(sample.noisy.to(self.dtype), sample.t, sample.rows, sample.hints, sample.kept, sample.tasks)
+
+    def error(self, sample: Sample, output: Tensor) -> Tensor:
+        """The loss of each sample, (B,), of a network's output."""
+        latents, noise, noisy, t, kept = sample.latents, sample.noise, sample.noisy, sample.t, sample.kept
+        prediction, values = split(output.float(), latents.shape[1])
         target = self.noising.target(latents, noise, t)
         errors = (prediction - target.float()).square()
         if self.snr_gamma is not None:
@@ -101,6 +128,6 @@ class DiffusionObjective:
         return values.to(self.device, self.dtype if values.is_floating_point() else values.dtype)
 
 
-def _split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     """The prediction and, where the base has one, its learned variance."""
     return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None

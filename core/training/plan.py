@@ -19,7 +19,8 @@ from ..tasks import task_configs
 from ..tuners import check_routing
 from ..tuners.base import Tuner
 from .lanes import TaskSet
-from .setup import added_classes, build_model, build_tuner, check_mask
+from .recipe import check_mask
+from .setup import added_classes, build_model, build_tuner
 from .splits import split_records
 
 ADAM_STATES = 4  # float32 numbers per trained weight: the weight, its gradient, AdamW's two moments

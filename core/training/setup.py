@@ -13,14 +13,14 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..backbones.loading import Backbone, load_backbone
+from ..backbones.loading import Backbone
 from ..backbones.noising import Noising
 from ..backbones.upsampling import fold_upsampling
 from ..checkpoint import load_tuner, read_meta, task_files
 from ..config import TrainConfig
 from ..data.prepared import PreparedSet, prepare
 from ..data.records import Source
-from ..devices import choose_precision, torch_dtype
+from ..devices import torch_dtype
 from ..errors import SctoolError, UsageError
 from ..progress import Progress
 from ..runs import Run
@@ -30,6 +30,7 @@ from ..tuners import check_routing, method_config, tuner_class, with_learning_ra
 from ..tuners.base import Tuner
 from .lanes import Data, Lane, TaskSet
 from .objective import DiffusionObjective, Objective
+from .recipe import Recipe
 from .splits import split_records
 from .state import load_state
 
@@ -186,9 +187,11 @@ def whole(lanes: Sequence[Lane]) -> nn.Module:
 
 
 def set_up(
-    config: TrainConfig, run: Run, backbone: Backbone, lanes: list[Lane], accelerator: Accelerator, precision: str
-) -> Training:
+    config: TrainConfig, run: Run, backbone: Backbone, lanes: list[Lane], accelerator: Accelerator, precision: str,
+    recipe: Recipe | None = None,
+) -> Training:  # fmt: skip
     """Attaches the tuners, makes optimizer and objective, and restores the newest state."""
+    recipe = recipe or Recipe()
     device, config = accelerator.device, with_learning_rate(config)
     lr = config.lr or 0.0
     tuners = [lane.tuner for lane in lanes]
@@ -205,7 +208,7 @@ def set_up(
     if config.compile:
         model.compile()
     noising = backbone.noising()
-    objective = DiffusionObjective(
+    ordinary = DiffusionObjective(
         backbone.family,
         noising,
         lanes[0].data.train.null_rows,
@@ -216,23 +219,9 @@ def set_up(
         snr_gamma=config.snr_gamma,
         patch=patch_side(backbone.denoiser),
     )
-    net, factor = accelerator.prepare_model(model), rates.lr_lambdas[0]
+    objective, net, factor = recipe.objective(ordinary, model), accelerator.prepare_model(model), rates.lr_lambdas[0]
     return Training(
         config, run, accelerator, backbone, lanes, model, net, objective, noising, parameters, optimizer,
         lambda step: lr * factor(step), ema, scaler, precision, start, recent,
         token_count(model, lanes[0].data.latent_shape),
     )  # fmt: skip
-
-
-def load_for_training(config: TrainConfig, device: torch.device, offline: bool) -> tuple[Backbone, str]:
-    """The base in the run's precision, and that precision. Raises `UsageError` for a mask on a base without tokens."""
-    precision = choose_precision(config.precision, device)
-    backbone = load_backbone(config.base, dtype=torch_dtype(precision), device=device, offline=offline)
-    check_mask(config, backbone)
-    return backbone, precision
-
-
-def check_mask(config: TrainConfig, backbone: Backbone) -> None:
-    """Raises `UsageError` for a mask on a base without tokens."""
-    if config.mask and backbone.family.token_layers(backbone.denoiser) is None:
-        raise UsageError(f"mask={config.mask} leaves out tokens, but {config.base} has none: it is not a transformer.")

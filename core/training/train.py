@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..checkpoint import save_tuner
 from ..config import TrainConfig
 from ..data.records import Source
 from ..errors import Interrupted, UsageError
@@ -19,10 +18,10 @@ from ..progress import Progress
 from ..runs import Run
 from ..signals import Stop
 from .batches import joined
-from .card import write_card
 from .lanes import Lane, Measures, TaskSet
 from .log import Logger, LossMeter, StepFigures, Summary, refuse_divergence
-from .setup import Training, load_for_training, open_lanes, set_up
+from .recipe import Recipe
+from .setup import Training, open_lanes, set_up
 from .state import save_state
 from .trainer import Trainer, averaged
 from .validate import Losses, Validator
@@ -52,36 +51,41 @@ def train(
 
 
 def train_tasks(
-    config: TrainConfig, run: Run, sets: Mapping[str | None, TaskSet], *, offline: bool = False, quiet: bool = False
-) -> Summary:
+    config: TrainConfig, run: Run, sets: Mapping[str | None, TaskSet], *, offline: bool = False, quiet: bool = False,
+    recipe: Recipe | None = None,
+) -> Summary:  # fmt: skip
     """Trains a tuner for each task of the config, `sets` by task; {None: set} for a run without tasks.
 
-    Every task ends as it would in a run of its own with the same seed, up to rounding. Otherwise as `train`.
+    Every task ends as it would in a run of its own with the same seed, up to rounding. `recipe` replaces what tuners
+    on a frozen base are trained by. Otherwise as `train`.
     """
+    recipe = recipe or Recipe()
     accelerator = Accelerator()
     if config.batch % accelerator.num_processes:
         raise UsageError(f"batch={config.batch} cannot be shared evenly among {accelerator.num_processes} processes.")
     progress = Progress(quiet or not accelerator.is_main_process)
-    backbone, precision = load_for_training(config, accelerator.device, offline)
+    backbone, precision = recipe.load(config, accelerator.device, offline)
     lanes = open_lanes(config, run, sets, backbone, accelerator, progress)
     validators = []
     if accelerator.is_main_process:
         validators = [
-            Validator(lane.config, lane.run, lane.backbone, lane.data.held_out, lane.set.measures, progress)
+            Validator(
+                lane.config, lane.run, lane.backbone, lane.data.held_out, lane.set.measures, progress, lane.set.distance
+            )
             for lane in lanes
         ]
         for validator in validators:
-            validator.draw_base()  # before the tuners are attached
-    training = set_up(config, run, backbone, lanes, accelerator, precision)
+            validator.draw_base(recipe.reference(validator.backbone))  # before the tuners are attached
+    training = set_up(config, run, backbone, lanes, accelerator, precision, recipe)
     if accelerator.is_main_process:
         run.forget_after(training.start)
-        run.become_latest()  # not before: a training that was refused is no run to sample from
+        recipe.begin(run)  # not before: a training that was refused is no run to sample from
     with Stop() as stop, progress.training(config.steps, training.start) as bar:
         trainer, between = Trainer(training), BetweenSteps(training, validators, stop, bar)
         with between.logger:
             for number in range(training.start, config.steps):
                 between.after(number + 1, *trainer.step(number))
-    return finish(training, between)
+    return finish(training, between, recipe)
 
 
 class BetweenSteps:
@@ -177,18 +181,14 @@ def agreed_signal(number: int, accelerator: Accelerator) -> int:
     return int(flag)
 
 
-def finish(training: Training, between: BetweenSteps) -> Summary:
-    """Writes tuners and model card, and takes the tuners off the denoiser."""
+def finish(training: Training, between: BetweenSteps, recipe: Recipe) -> Summary:
+    """Writes the result, and takes the tuners off the denoiser."""
     t = training
     memory = round(peak_so_far(t.accelerator.device) / 1e9, 3)
     summary = Summary(t.config.steps, t.precision, memory, between.last, between.validation)
     if t.accelerator.is_main_process:
         with averaged(t.ema, t.parameters):
-            for lane in t.lanes:
-                save_tuner(
-                    lane.run.tuner, lane.tuner, lane.backbone, maps=lane.set.map_meta, task=lane.name, run=t.run.name
-                )
-        write_card(t.run, t.config, t.backbone, t.lanes, summary)
+            recipe.finish(t, summary)
     t.model.attachment.detach()
     t.accelerator.wait_for_everyone()
     return summary

@@ -21,11 +21,12 @@ from ..runs import Run
 from ..sampling import Request, sample_images
 from ..sheets import save_png, sheet
 from .batches import Draw, collate, validation_draw
-from .lanes import Measures
+from .lanes import Distance, Measures
 
 BANDS = 4  # quarters of the noise schedule: from fine detail (0) to composition (3)
 PREVIEWS = 4
 ADHERENCE_IMAGES = 16
+DISTANCE_IMAGES = 64
 LOSS_BATCH = 16
 SMALL_RESOLUTION = 128  # up to which 16 images are drawn at a time; larger ones 4
 
@@ -43,6 +44,7 @@ class Validator:
         held_out: PreparedSet | None,
         measures: Measures,
         progress: Progress,
+        distance: Distance | None = None,
     ) -> None:
         self.config, self.run, self.backbone, self.held_out = config, run, backbone, held_out
         self.measures = {name: measures[name] for name in config.conditions if name in measures}
@@ -52,14 +54,15 @@ class Validator:
             steps=config.preview_steps, guidance=config.guidance, size=config.size, batch=at_once
         )
         self.base: list[np.ndarray] = []
+        self.distance, self.theirs = distance if config.validate_every else None, list[np.ndarray]()
         self.rows, self.requests = self._requests()
 
     def _requests(self) -> tuple[dict[str, dict[str, Tensor]], list[Request]]:
         """Cached conditioning rows by caption, and what is drawn: held-out captions with their hints."""
         if self.held_out is None:
             return {}, []
-        count = min(ADHERENCE_IMAGES if self.measures else PREVIEWS, len(self.held_out))
-        items = [self.held_out[i] for i in range(count)]
+        count = DISTANCE_IMAGES if self.distance else ADHERENCE_IMAGES if self.measures else PREVIEWS
+        items = [self.held_out[i] for i in range(min(count, len(self.held_out)))]
         rows = {"": self.held_out.null_rows, **{item["caption"]: item["text"] for item in items}}
         requests = []
         for seed, item in enumerate(items):
@@ -72,15 +75,18 @@ class Validator:
         rows = [self.rows[caption] for caption in captions]
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
-    def images(self, requests: Sequence[Request]) -> list[np.ndarray]:
+    def images(self, requests: Sequence[Request], backbone: Backbone | None = None) -> list[np.ndarray]:
         """Draws requests with whatever is attached to the backbone now; uint8 (H, W, 3) each."""
-        return [image for _, image in sample_images(self.backbone, requests, self.sampling, encode=self.encode)]
+        drawn = sample_images(backbone or self.backbone, requests, self.sampling, encode=self.encode)
+        return [image for _, image in drawn]
 
-    def draw_base(self) -> None:
-        """The untouched base's images for the previews' left column; call before tuners are attached."""
-        if self.requests and self.config.sample_every:
+    def draw_base(self, base: Backbone) -> None:
+        """The images of `base` that ours are compared to; call before tuners are attached."""
+        if self.requests and (self.config.sample_every or self.distance):
             self.progress.note("drawing the base model's previews")
-            self.base = self.images([Request(r.prompt, r.seed) for r in self.requests[:PREVIEWS]])
+            shown = self.requests if self.distance else self.requests[:PREVIEWS]
+            self.theirs = self.images([Request(r.prompt, r.seed) for r in shown], base)
+            self.base = self.theirs[:PREVIEWS]
 
     def __call__(self, step: int, losses: Losses, noising: Noising) -> dict[str, float]:
         """Figures named val/... or val/TASK/... after `step` steps; writes preview/step-N.png when previews are due.
@@ -92,7 +98,9 @@ class Validator:
         figures = self.loss_by_band(losses, noising)
         previews, adherence = self._due(step)
         if self.requests and (previews or adherence):
-            images = self.images(self.requests if adherence else self.requests[:PREVIEWS])
+            images = self.images(self.requests if adherence or self.distance else self.requests[:PREVIEWS])
+            if self.distance:
+                figures |= {self.named + key: value for key, value in self.distance(images, self.theirs).items()}
             for name, measure in self.measures.items() if adherence else ():
                 hints = [request.hints[name] for request in self.requests]
                 figures |= {f"{self.named}{name}_{key}": value for key, value in measure(images, hints).items()}
@@ -106,7 +114,7 @@ class Validator:
         """Whether previews, and whether adherence, are wanted after `step` steps."""
         every, last = self.config.sample_every, step == self.config.steps
         previews = bool(every) and (last or step % every == 0)
-        return previews, bool(self.measures) and bool(self.config.validate_every)
+        return previews, bool(self.measures or self.distance) and bool(self.config.validate_every)
 
     @torch.no_grad()
     def loss_by_band(self, losses: Losses, noising: Noising) -> dict[str, float]:

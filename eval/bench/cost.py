@@ -22,7 +22,8 @@ from ...core.measure import PATIENCE, REPEATS, PeakMemory, in_turns
 from ...core.runs import Run
 from ...core.sampling import sample_batch
 from ...core.training.lanes import Data, Lane, TaskSet
-from ...core.training.setup import added_classes, build_tuner, load_for_training, set_up
+from ...core.training.recipe import load_for_training
+from ...core.training.setup import added_classes, build_tuner, set_up
 from ...core.training.trainer import Trainer
 from ...core.tuners import method_config, tuner_class
 from ..profile import parameters

@@ -288,11 +288,14 @@ def test_a_damaged_student_is_refused_with_the_file_s_name(base: Backbone, tmp_p
 
 
 def test_pruning_fits_only_such_u_nets() -> None:
-    for config in (KNOWN["sdxl"], {"_class_name": "DiTTransformer2DModel"}):
-        with pytest.raises(DoesNotFit, match="U-Nets with two layers|does not fit"):
-            pruned(dit(), family_of_denoiser(KNOWN["sd15"]), "small") if "_class_name" in config else pruned(
-                unet(), family_of_denoiser(KNOWN["sd15"]), "small"
-            )
+    family = family_of_denoiser(KNOWN["sd15"])
+    for net in (dit(), unet()):  # no U-Net; a single layer per block
+        with pytest.raises(DoesNotFit, match="two layers per encoder block"):
+            pruned(net, family, "small")
+    uneven = unet(layers_per_block=2, block_out_channels=(8, 16))
+    assert sum(p.numel() for p in pruned(uneven, family, "small").parameters()) > 0
+    with pytest.raises(DoesNotFit, match="two innermost stages of equal width"):
+        pruned(uneven, family, "tiny")
 
 
 def test_thin_layers_say_what_they_are() -> None:

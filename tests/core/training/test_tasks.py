@@ -33,7 +33,8 @@ from sctool.core.tasks import task_configs
 from sctool.core.training.batches import Draw, joined, joined_draws
 from sctool.core.training.lanes import TaskSet
 from sctool.core.training.plan import plan_tasks, show_plan
-from sctool.core.training.setup import load_for_training, open_lanes, set_up
+from sctool.core.training.recipe import load_for_training
+from sctool.core.training.setup import open_lanes, set_up
 from sctool.core.training.train import train, train_tasks
 from sctool.core.training.trainer import Trainer, averaged
 from sctool.core.tuners import TUNERS, Method, method_config, tuner_class

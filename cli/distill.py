@@ -1,0 +1,148 @@
+"""`sctool distill`: a smaller base out of a base, trained against it."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import help_of
+
+if TYPE_CHECKING:
+    from ..core.config import TrainConfig
+
+LEARNING_RATE = 5e-5
+"""BK-SDM's (arXiv 2305.15798, section 4)."""
+
+
+def distill(
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Any setting, e.g. lr=1e-4 ema=0.999 distill.feature=0."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The teacher: 'mini', a diffusers-format folder, or a hub id.")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help=help_of("StudentConfig", "ratio"))] = None,
+    budget: Annotated[float | None, typer.Option(help=help_of("StudentConfig", "budget"))] = None,
+    ranks: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file of ranks by layer name or regular expression.")
+    ] = None,
+    prune: Annotated[str | None, typer.Option(help=help_of("StudentConfig", "prune"))] = None,
+    form: Annotated[str | None, typer.Option(help=help_of("StudentConfig", "form"))] = None,
+    start: Annotated[str | None, typer.Option(help=help_of("StudentConfig", "start"))] = None,
+    data: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "data"))] = None,
+    val_data: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "val_data"))] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Optimizer steps; 0 only makes the student.")] = None,
+    batch: Annotated[int | None, typer.Option(help=help_of("TrainConfig", "batch"))] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. \\[default: 5e-5, BK-SDM's]")] = None,
+    precision: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "precision"))] = None,
+    seed: Annotated[int | None, typer.Option(help=help_of("TrainConfig", "seed"))] = None,
+    densify: Annotated[
+        bool, typer.Option("--densify", help="Also write the student as an ordinary diffusers folder, multiplied out.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags override it.")] = None,
+    name: Annotated[str | None, typer.Option(help="Run name. \\[default: made from the settings]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail on any fault in the data set.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Make a smaller student of a base and train it against its teacher. The same command again resumes.
+
+    The student, RUN/student, is a base for every command, and its teacher's tuners fit it.
+
+    Examples:
+
+      sctool distill                                            built-in base and data
+
+      sctool distill --base ./sd21 --ratio 0.4225 --data laion batch=64 precision=bf16 checkpointing=true
+
+      sctool distill --base ./sd15 --prune small --dry-run
+
+      sctool distill --base ./sd15 --budget 0.5 --start whitened --steps 0 --densify
+    """
+    from ..core.config import TrainConfig, read_yaml, resolve_config
+    from ..core.errors import SctoolError, UsageError
+
+    if ratio is not None and (named := [key for key, value in (("budget", budget), ("ranks", ranks), ("prune", prune))
+                                        if value is not None]):  # fmt: skip
+        raise UsageError(f"--ratio and --{named[0]} each decide the student's size; give one of them.")
+    own = {"ratio": ratio, "budget": budget, "ranks": read_yaml(ranks) if ranks else None, "prune": prune,
+           "form": form, "start": start}  # fmt: skip
+    flags: dict[str, Any] = {
+        "method": "full", "base": base, "data": data, "val_data": val_data, "steps": steps or None, "batch": batch,
+        "lr": lr, "precision": precision, "seed": seed,
+        "distill": {key: value for key, value in own.items() if value is not None},
+    }  # fmt: skip
+    settings = resolve_config(TrainConfig, file=config, flags=flags, pairs=pairs or ())
+    if settings.lr is None:
+        settings = settings.model_copy(update={"lr": LEARNING_RATE})
+
+    from ..core.distilling.distill import Distillation, check, make_start
+    from ..core.runs import Run, default_name, open_run
+
+    check(settings)
+    main = os.environ.get("RANK", "0") == "0"
+    if steps == 0 and not dry_run:
+        run = Run(out / (name or default_name(settings)))
+        with run.locked():
+            print(only_made(run, settings, densify=densify, offline=offline, as_json=as_json, quiet=quiet))
+        return
+    part = training_set(settings, strict=strict, offline=offline, quiet=quiet)
+    if dry_run:
+        from ..core.distilling.plan import plan_distillation, show_plan
+
+        plan = plan_distillation(settings, part.source, part.held_out, offline=offline)
+        print(json.dumps(plan) if as_json else show_plan(plan))
+        return
+
+    from ..core.progress import Progress
+    from ..core.training.train import train_tasks
+
+    run = open_run(out, name, settings)
+    with run.locked() if main else nullcontext():
+        try:
+            if main:
+                make_start(run, settings, offline=offline, say=Progress(quiet).note)
+            recipe = Distillation(run, settings, densify)
+            summary = train_tasks(settings, run, {None: part}, offline=offline, quiet=quiet, recipe=recipe)
+        except SctoolError:
+            if main:
+                run.discard_if_untrained()
+            raise
+    if main:
+        student = str(run.path / "student")
+        loss = f", loss {summary.last.loss:.4f}" if summary.last else ""
+        figures = {"run": str(run.path), "student": student, **summary.to_json()}
+        print(json.dumps(figures) if as_json else f"{student}  ({summary.steps} steps{loss})")
+
+
+def training_set(config: TrainConfig, *, strict: bool, offline: bool, quiet: bool) -> Any:
+    """The images, those held out, and what measures the student's samples against the teacher's."""
+    from ..core.training.lanes import TaskSet
+    from ..eval.heldout import sample_distance
+    from .train import open_sets
+
+    source, held_out, _ = open_sets(config, strict=strict, offline=offline, quiet=quiet)
+    return TaskSet(source, held_out, distance=sample_distance(config.base, offline=offline))
+
+
+def only_made(run: Any, config: TrainConfig, *, densify: bool, offline: bool, as_json: bool, quiet: bool) -> str:
+    """Writes the untrained student as the run's result; returns what is printed."""
+    from ..core.backbones.loading import load_backbone
+    from ..core.distilling.distill import make_start, write_student
+    from ..core.progress import Progress
+
+    start = make_start(run, config, offline=offline, say=Progress(quiet).note)
+    backbone = load_backbone(str(start), offline=offline)
+    folder = write_student(run, backbone, (start / "README.md").read_text(), dense=densify)
+    count = sum(p.numel() for p in backbone.denoiser.parameters())
+    made = {"run": str(run.path), "student": str(folder), "parameters": count}
+    return json.dumps(made) if as_json else f"{folder}  ({count:,} parameters, not trained)"

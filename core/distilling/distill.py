@@ -1,0 +1,136 @@
+"""A student's run: made from its teacher, trained against it by the ordinary trainer, and written as a base."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..backbones.families import family_of_denoiser
+from ..backbones.loading import Backbone, load_backbone
+from ..backbones.students import read_student
+from ..backbones.thin import make_thin
+from ..config import DistillConfig, TrainConfig
+from ..devices import choose_precision, torch_dtype
+from ..errors import UsageError
+from ..runs import Run
+from ..training.objective import DiffusionObjective, Objective
+from ..training.recipe import Recipe, frozen_teacher
+from .card import student_card
+from .making import Say, all_ranks, densified, make, save_student
+from .objective import DistillObjective, Stages
+from .pruning import matching_stages
+from .teacher import TeacherCache
+
+if TYPE_CHECKING:
+    from ..sites.attaching import TunedBackbone
+    from ..training.log import Summary
+    from ..training.setup import Training
+
+START, RESULT, DENSE = "start", "student", "dense"
+"""Folders of a run: the untrained student, the trained one, and that in the stock architecture."""
+
+
+class Distillation(Recipe):
+    """Trains all weights of a student against its teacher, the run's base. `dense` also writes the stock form."""
+
+    def __init__(self, run: Run, config: TrainConfig, dense: bool = False, say: Say = lambda line: None) -> None:
+        """Raises `UsageError` for settings that do not go with a student."""
+        assert config.distill is not None
+        self.run, self.settings, self.dense, self.say = run, config.distill, dense, say
+        self.teacher: Backbone | None = None
+        check(config)
+
+    def load(self, config: TrainConfig, device: torch.device, offline: bool) -> tuple[Backbone, str]:
+        """The untrained student, made when it is not there yet, and the run's precision."""
+        precision = choose_precision(config.precision, device)
+        options: dict[str, Any] = {"dtype": torch_dtype(precision), "device": device, "offline": offline}
+        start = make_start(self.run, config, offline=offline, say=self.say)
+        self.teacher = load_backbone(config.base, **options)
+        frozen_teacher(self.teacher)
+        return load_backbone(str(start), **options), precision
+
+    def reference(self, backbone: Backbone) -> Backbone:
+        """The teacher, whose encoders are the student's: captions are encoded already."""
+        assert self.teacher is not None
+        return self.teacher
+
+    def begin(self, run: Run) -> None:
+        """A student's run has no tuner to sample with, so it is not the latest one."""
+
+    def objective(self, ordinary: DiffusionObjective, model: TunedBackbone) -> Objective:
+        """The three losses."""
+        assert self.teacher is not None
+        config, student = self.settings, model.denoiser
+        teacher = self.teacher.denoiser.to(ordinary.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        cache = None
+        if config.cache:
+            run = self.run.config
+            cache = TeacherCache(
+                self.run.path / "teacher", config.cache, run.seed, ordinary.noising, run.caption_dropout
+            )
+        stages = stages_of(student, config)
+        return DistillObjective(ordinary, teacher, student, config, stages, cache)
+
+    def finish(self, training: Training, summary: Summary) -> None:
+        """Writes the student as a base, and the run's card. The trained weights are in the denoiser."""
+        write_student(self.run, training.backbone, student_card(training, summary), dense=self.dense)
+
+
+def check(config: TrainConfig) -> None:
+    """Raises `UsageError` for settings of a training that a student's cannot have."""
+    refused = {
+        "mask": (config.mask, "the teacher sees all tokens"),
+        "cond": (config.cond, "a student learns the base alone; train a tuner on it afterwards"),
+        "tasks": (config.tasks, "a student has no tasks"),
+        "init": (config.init, "a student starts from its teacher"),
+    }
+    for key, (value, reason) in refused.items():
+        if value:
+            raise UsageError(f"{key} does not go with distill: {reason}. Leave it out.")
+    if config.method != "full":
+        raise UsageError("all of a student's weights are trained; leave --method out.")
+    if config.compile and config.distill and config.distill.feature:
+        raise UsageError("compile=true hides the blocks' outputs; give feature=0 with it, or leave it out.")
+
+
+def make_start(run: Run, config: TrainConfig, *, offline: bool = False, say: Say = lambda line: None) -> Path:
+    """The folder of the run's untrained student; made from the teacher in float32 when it is not there yet."""
+    folder = run.path / START
+    if read_student(folder) is None:
+        assert config.distill is not None
+        teacher = load_backbone(config.base, offline=offline)
+        denoiser, student = make(teacher, config.distill, say)
+        save_student(folder, teacher, denoiser, student, f"---\nlicense: {teacher.licence}\n---\n")
+    return folder
+
+
+def write_student(run: Run, start: Backbone, card: str, *, dense: bool = False) -> Path:
+    """Writes the trained student, whose weights are in `start`'s denoiser, into the run; returns its folder."""
+    student, denoiser = read_student(run.path / START), plain(start.denoiser)
+    assert student is not None
+    folder = save_student(run.path / RESULT, start, denoiser, student, card)
+    if dense and student.ranks:
+        save_student(run.path / DENSE, start, densified(denoiser), replace(student, ranks={}), card)
+    return folder
+
+
+def plain(denoiser: nn.Module) -> nn.Module:
+    """A float32 copy of the denoiser as it is now, without hooks or what was attached to it."""
+    config: Any = denoiser.config
+    named = {**config, "_class_name": type(denoiser).__name__}
+    state = {name: value.detach().float().cpu() for name, value in denoiser.state_dict().items()}
+    own = make_thin(family_of_denoiser(named).build_denoiser(dict(config)), *all_ranks(denoiser))
+    own.load_state_dict(state)
+    return own.requires_grad_(False).eval()
+
+
+def stages_of(student: Any, config: DistillConfig) -> Stages:
+    """The modules whose outputs are compared: a U-Net's stages, a transformer's blocks."""
+    if hasattr(student, "down_blocks"):
+        return matching_stages(student, config.prune or "")
+    names = [f"transformer_blocks.{index}" for index in range(len(student.transformer_blocks))]
+    return [(name, name) for name in names]
