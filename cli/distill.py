@@ -15,14 +15,11 @@ from .options import help_of
 if TYPE_CHECKING:
     from ..core.config import TrainConfig
 
-LEARNING_RATE = 5e-5
-"""BK-SDM's (arXiv 2305.15798, section 4)."""
-
 
 def distill(
     pairs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Any setting, e.g. lr=1e-4 ema=0.999 distill.feature=0."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Any setting, e.g. ema=0.999 feature=0 task=1."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="The teacher: 'mini', a diffusers-format folder, or a hub id.")
@@ -68,27 +65,22 @@ def distill(
 
       sctool distill --base ./sd15 --budget 0.5 --start whitened --steps 0 --densify
     """
-    from ..core.config import TrainConfig, read_yaml, resolve_config
+    from ..core.config import read_yaml
     from ..core.errors import SctoolError, UsageError
 
-    if ratio is not None and (named := [key for key, value in (("budget", budget), ("ranks", ranks), ("prune", prune))
-                                        if value is not None]):  # fmt: skip
-        raise UsageError(f"--ratio and --{named[0]} each decide the student's size; give one of them.")
-    own = {"ratio": ratio, "budget": budget, "ranks": read_yaml(ranks) if ranks else None, "prune": prune,
-           "form": form, "start": start}  # fmt: skip
+    sizes = {"ratio": ratio, "budget": budget, "ranks": read_yaml(ranks) if ranks else None, "prune": prune}
+    if len(named := [key for key, value in sizes.items() if value is not None]) > 1:
+        raise UsageError(f"--{' and --'.join(named)} each decide the student's size; give one of them.")
     flags: dict[str, Any] = {
-        "method": "full", "base": base, "data": data, "val_data": val_data, "steps": steps or None, "batch": batch,
-        "lr": lr, "precision": precision, "seed": seed,
-        "distill": {key: value for key, value in own.items() if value is not None},
+        "base": base, "data": data, "val_data": val_data, "steps": steps or None, "batch": batch, "lr": lr,
+        "precision": precision, "seed": seed, "form": form, "start": start, **sizes,
     }  # fmt: skip
-    settings = resolve_config(TrainConfig, file=config, flags=flags, pairs=pairs or ())
-    if settings.lr is None:
-        settings = settings.model_copy(update={"lr": LEARNING_RATE})
 
-    from ..core.distilling.distill import Distillation, check, make_start
+    from ..core.distilling.distill import distill as distill_into
+    from ..core.distilling.distill import distill_config
     from ..core.runs import Run, default_name, open_run
 
-    check(settings)
+    settings = distill_config(flags, pairs or (), config)
     main = os.environ.get("RANK", "0") == "0"
     if steps == 0 and not dry_run:
         run = Run(out / (name or default_name(settings)))
@@ -103,16 +95,13 @@ def distill(
         print(json.dumps(plan) if as_json else show_plan(plan))
         return
 
-    from ..core.progress import Progress
-    from ..core.training.train import train_tasks
-
     run = open_run(out, name, settings)
     with run.locked() if main else nullcontext():
         try:
-            if main:
-                make_start(run, settings, offline=offline, say=Progress(quiet).note)
-            recipe = Distillation(run, settings, densify)
-            summary = train_tasks(settings, run, {None: part}, offline=offline, quiet=quiet, recipe=recipe)
+            summary = distill_into(
+                settings, run, part.source, held_out=part.held_out, distance=part.distance, dense=densify,
+                offline=offline, quiet=quiet,
+            )  # fmt: skip
         except SctoolError:
             if main:
                 run.discard_if_untrained()

@@ -158,7 +158,7 @@ def default_name(config: TrainConfig) -> str:
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
     tasks, data = [task.name for task in config.tasks], Path(config.data).resolve().name
     words = [*tasks, Path(config.base).name] if tasks else [*config.conditions, Path(config.base).name, data]
-    return "-".join([config.method, *words, digest])
+    return "-".join(["distill" if config.distill else config.method, *words, digest])
 
 
 def open_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:

@@ -28,7 +28,7 @@ def save_base(
         for entry in sorted(source.iterdir()):
             if entry.name in (part, STUDENT, "README.md") or entry.name.startswith("."):
                 continue
-            if entry.is_dir() or entry.suffix in (".json", ".txt"):  # not its model card's pictures
+            if entry.is_dir() or entry.name == "model_index.json" or entry.name.startswith("LICEN"):
                 (shutil.copytree if entry.is_dir() else shutil.copy2)(entry, temporary / entry.name)
         with backbone.family.stored(denoiser):
             denoiser.save_pretrained(temporary / part, safe_serialization=True)  # type: ignore[operator]

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from ..backbones.families import family_of_denoiser
 from ..backbones.loading import Backbone, load_backbone
 from ..backbones.students import read_student
 from ..backbones.thin import make_thin
-from ..config import DistillConfig, TrainConfig
+from ..config import DistillConfig, TrainConfig, resolve_config
+from ..data.records import Source
 from ..devices import choose_precision, torch_dtype
 from ..errors import UsageError
+from ..progress import Progress
 from ..runs import Run
+from ..training.lanes import Distance, TaskSet
+from ..training.log import Summary
 from ..training.objective import DiffusionObjective, Objective
 from ..training.recipe import Recipe, frozen_teacher
+from ..training.train import train_tasks
 from .card import student_card
-from .making import Say, all_ranks, densified, make, save_student
+from .making import Say, all_ranks, densified, make, plan, save_student
 from .objective import DistillObjective, Stages
 from .pruning import matching_stages
 from .teacher import TeacherCache
 
 if TYPE_CHECKING:
     from ..sites.attaching import TunedBackbone
-    from ..training.log import Summary
     from ..training.setup import Training
 
+LEARNING_RATE = 5e-5
+"""BK-SDM's (arXiv 2305.15798, section 4)."""
 START, RESULT, DENSE = "start", "student", "dense"
 """Folders of a run: the untrained student, the trained one, and that in the stock architecture."""
 
@@ -48,7 +56,8 @@ class Distillation(Recipe):
         """The untrained student, made when it is not there yet, and the run's precision."""
         precision = choose_precision(config.precision, device)
         options: dict[str, Any] = {"dtype": torch_dtype(precision), "device": device, "offline": offline}
-        start = make_start(self.run, config, offline=offline, say=self.say)
+        with PartialState().main_process_first():
+            start = make_start(self.run, config, offline=offline, say=self.say)
         self.teacher = load_backbone(config.base, **options)
         frozen_teacher(self.teacher)
         return load_backbone(str(start), **options), precision
@@ -134,3 +143,36 @@ def stages_of(student: Any, config: DistillConfig) -> Stages:
         return matching_stages(student, config.prune or "")
     names = [f"transformer_blocks.{index}" for index in range(len(student.transformer_blocks))]
     return [(name, name) for name in names]
+
+
+def distill_config(flags: Mapping[str, Any], pairs: Iterable[str] = (), file: str | Path | None = None) -> TrainConfig:
+    """The settings of a run from the flags of `sctool distill` and KEY=VALUE pairs, in which the student's keys are bare.
+
+    Raises `UsageError` for wrong keys and values, and for settings that a student's training cannot have.
+    """
+    own = {key: value for key, value in flags.items() if key in DistillConfig.model_fields and value is not None}
+    rest = {key: value for key, value in flags.items() if key not in DistillConfig.model_fields}
+    named = [f"distill.{pair}" if pair.partition("=")[0] in DistillConfig.model_fields else pair for pair in pairs]
+    config = resolve_config(TrainConfig, file=file, flags={**rest, "method": "full", "distill": own}, pairs=named)
+    config = config if config.lr is not None else config.model_copy(update={"lr": LEARNING_RATE})
+    check(config)
+    return config
+
+
+def student_parameters(config: TrainConfig, *, offline: bool = False) -> int:
+    """The parameters of the student's denoiser; nothing is made. Raises `UsageError` where it does not fit."""
+    assert config.distill is not None
+    return plan(load_backbone(config.base, offline=offline).denoiser, config.distill).after
+
+
+def distill(
+    config: TrainConfig, run: Run, source: Source, *, held_out: Source | None = None, distance: Distance | None = None,
+    dense: bool = False, offline: bool = False, quiet: bool = False,
+) -> Summary:  # fmt: skip
+    """Makes the config's student and trains it into the run folder, as `core.training.train`; the same call resumes.
+
+    distance: measures the student's samples against the teacher's on the way. The student is RUN/student.
+    """
+    recipe = Distillation(run, config, dense, Progress(quiet).note)
+    part = TaskSet(source, held_out, distance=distance)
+    return train_tasks(config, run, {None: part}, offline=offline, quiet=quiet, recipe=recipe)

@@ -1,0 +1,78 @@
+"""`sctool distill`: the command, its plan and its messages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sctool.cli import run as sctool
+from sctool.core.backbones.architectures import architecture
+from sctool.core.backbones.loading import load_backbone
+
+
+def words(*parts: object) -> list[str]:
+    return [str(part) for part in parts]
+
+
+def test_steps_0_only_makes_the_student(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = words("distill", "--base", tiny_base, "--steps", 0, "--out", tmp_path, "--name", "s", "--densify", "--json")
+    assert sctool(made) == 0
+    report = json.loads(capsys.readouterr().out)
+    student = load_backbone(report["student"])
+    assert sum(p.numel() for p in student.denoiser.parameters()) == report["parameters"]
+    stock = load_backbone(str(tmp_path / "s" / "dense"))
+    assert stock.denoiser.state_dict().keys() == load_backbone(str(tiny_base)).denoiser.state_dict().keys()
+    assert sctool(words("methods", "--base", report["student"])) == 0
+
+
+def test_the_plan_is_what_the_student_becomes(
+    tiny_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = words("distill", "--base", tiny_base, "--data", pictures, "--ratio", 0.5, "--out", tmp_path, "--name", "s")
+    assert sctool([*common, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert not any(tmp_path.iterdir())
+    assert sctool([*common, "--dry-run"]) == 0
+    assert f"{plan['parameters_after']:,} parameters" in capsys.readouterr().out
+    quick = words("--steps", 2, "--batch", 2, "validate_every=2", "sample_every=2", "preview_steps=2", "--json")
+    assert sctool([*common, *quick]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"student", "val/loss", "val/fd", "loss"} <= report.keys()
+    count = sum(p.numel() for p in architecture(report["student"]).denoiser().parameters())
+    assert count == plan["parameters_after"] < plan["parameters_before"]
+    assert plan["flops_after"] < plan["flops_before"]
+    assert list((tmp_path / "s" / "samples" / "preview").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ratio", "1.5"], "between 0 and 1"), (["--budget", "10"], "cannot be met"),
+        (["--ratio", "0.5", "--prune", "small"], "--ratio and --prune each decide"), (["--prune", "huge"], "prune"),
+        (["--prune", "tiny"], "counterpart of that shape"), (["--ranks", "none.yaml"], "cannot read config"),
+        (["cond=canny"], "does not go with distill"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_end_with_one_message(
+    flags: list, message: str, tiny_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = words("distill", "--base", tiny_base, "--data", pictures, "--steps", 2, "--out", tmp_path)
+    assert sctool([*common, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
+    assert not any(path.is_dir() for path in tmp_path.iterdir()), "nothing is left"
+
+
+def test_a_student_is_no_teacher_of_a_bigger_one(
+    tiny_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        sctool(words("distill", "--base", tiny_base, "--steps", 0, "--ratio", 0.3, "--out", tmp_path, "--name", "s"))
+        == 0
+    )
+    again = words("distill", "--base", tmp_path / "s" / "student", "--ratio", 0.9, "--data", pictures, "--dry-run")
+    assert sctool(again) == 2
+    assert "a student is smaller" in capsys.readouterr().err
