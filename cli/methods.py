@@ -28,11 +28,13 @@ def methods(
     """
     from ..core.backbones.architectures import architecture
     from ..core.counting import class_row, counts
+    from ..core.distilling.counting import student_counts
 
     shapes = architecture(base)
-    rows, new_class = counts(shapes), class_row(shapes)
+    rows, new_class, students = counts(shapes), class_row(shapes), student_counts(shapes)
     if not as_json:
         _show(base, rows, tasks, new_class)
+        _show_students(base, students)
         return
     table = [
         {
@@ -47,7 +49,9 @@ def methods(
         for row in rows
     ]
     family = shapes.family.name
-    print(json.dumps({"base": base, "family": family, "tasks": tasks, "new_class": new_class, "methods": table}))
+    made = [{"student": one.label, "parameters": one.parameters, "total": one.total} for one in students]
+    print(json.dumps({"base": base, "family": family, "tasks": tasks, "new_class": new_class, "methods": table,
+                      "students": made}))  # fmt: skip
 
 
 def _show(base: str, rows: list, tasks: int, new_class: int) -> None:
@@ -72,3 +76,19 @@ def _show(base: str, rows: list, tasks: int, new_class: int) -> None:
         console.print(f"Every class that the base does not know adds {new_class:,}.", highlight=False)
     for name, row in TUNERS.items():
         console.print(f"{name}: {row.summary} ({row.paper})", highlight=False, soft_wrap=True)
+
+
+def _show_students(base: str, students: list) -> None:
+    """The students that `sctool distill` makes, as a table on stdout."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Students of {base}, by sctool distill", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("student", no_wrap=True)
+    for name in ("denoiser", "% of base", "with text encoder and autoencoder"):
+        table.add_column(name, justify="right")
+    for one in students:
+        share = f"{100 * one.parameters / students[0].parameters:.2f}"
+        table.add_row(one.label, f"{one.parameters:,}", share, "" if one.total is None else f"{one.total:,}")
+    Console(width=max(Console().width, WIDTH)).print(table)

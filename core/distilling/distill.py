@@ -146,7 +146,7 @@ def stages_of(student: Any, config: DistillConfig) -> Stages:
 
 
 def distill_config(flags: Mapping[str, Any], pairs: Iterable[str] = (), file: str | Path | None = None) -> TrainConfig:
-    """The settings of a run from the flags of `sctool distill` and KEY=VALUE pairs, in which the student's keys are bare.
+    """The settings of a run: the flags of `sctool distill`, and KEY=VALUE pairs, in which a student's keys are bare.
 
     Raises `UsageError` for wrong keys and values, and for settings that a student's training cannot have.
     """

@@ -66,6 +66,22 @@ def test_wrong_settings_end_with_one_message(
     assert not any(path.is_dir() for path in tmp_path.iterdir()), "nothing is left"
 
 
+def test_a_size_that_does_not_fit_the_base_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sctool(words("distill", "--base", "mini", "--prune", "tiny", "--dry-run")) == 2
+    assert "two innermost stages of equal width" in capsys.readouterr().err
+
+
+def test_students_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sctool(words("methods", "--base", "sd21", "--json")) == 0
+    rows = {row["student"]: row for row in json.loads(capsys.readouterr().out)["students"]}
+    assert rows["the base"]["total"] == 1_289_952_427
+    assert abs(rows["low-rank, ratio 0.4225, flat"]["total"] - 790e6) < 790e3
+    sizes = [rows[f"BK-SDM, {size}"]["parameters"] for size in ("base", "small", "tiny")]
+    assert sizes == [583_480_964, 485_787_524, 326_825_604]
+    assert sctool(words("methods", "--base", "sd21")) == 0
+    assert "365,597,764" in capsys.readouterr().out
+
+
 def test_a_student_is_no_teacher_of_a_bigger_one(
     tiny_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
