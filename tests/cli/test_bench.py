@@ -21,7 +21,7 @@ def test_a_table_in_one_command(
     command = words(tiny_base, pictures, tmp_path / "out")
     assert run([*command, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["methods"].keys() == {"full", "scedit", "base"}
+    assert plan["rows"].keys() == {"full", "scedit", "base"}
     assert not (tmp_path / "out").exists()
     assert run([*command, "scedit:tuner.ratio=0.5", "--report"]) == 0
     printed = capsys.readouterr().out

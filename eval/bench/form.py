@@ -1,0 +1,155 @@
+"""What makes one table differ from another: the settings of its runs, how they are trained, drawn and timed.
+
+`Form` is a table of tuners on frozen bases, as `transfer` and `control` are. Imports no torch before work begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...core.config import SampleConfig, TrainConfig, resolve_config
+from ...core.errors import UsageError, unknown
+from ...core.runs import Run
+from ...core.tuners import TUNERS, find_method, method_config, with_learning_rate
+from .papers import Paper
+
+if TYPE_CHECKING:
+    from .workshop import Workshop
+
+OWN = ("tuner", "lr", "weight_decay", "betas", "max_grad_norm", "schedule", "warmup", "ema")
+"""Settings that may differ between arms; all others decide the budget or the data and are the same for all."""
+SET_HERE = {
+    "method": "name methods with --methods",
+    "base": "name bases with --base",
+    "seed": "their number is --seeds",
+    "init": "every arm starts from the untouched base",
+    "validate_every": "the held-out loss is always measured at the end",
+    "sample_every": "images are drawn after training, --count of them",
+    "tasks": "every run has one task",
+}
+"""Settings that every table decides, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one row is made of: runs of one method, or with one set of settings, on one base, a run per seed."""
+
+    name: str
+    """Its name in the table."""
+    own: str
+    """Whose settings it has, as they are written: METHOD:KEY=VALUE."""
+    base: str
+    folder: str
+    """The name of its run folders, before the seed."""
+
+
+class Form:
+    """What one table is; subclasses say what differs."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """Of the table, with {bases} and {data}."""
+    papers: ClassVar[tuple[Paper, ...]] = ()
+    arms: ClassVar[str] = "methods"
+    """What its rows are called, and the flag that names them."""
+    example: ClassVar[str] = "full,scedit"
+    """Of that flag."""
+    base: ClassVar[str] = "base"
+    """What the row of a single base is called."""
+    drawn: ClassVar[str] = "tuned"
+    """The name of the folders of drawn images."""
+    clip: ClassVar[bool] = False
+    """Whether the CLIP score is a figure of the table."""
+    loss: ClassVar[bool] = True
+    """Whether the held-out loss is, which must then mean the same for every arm."""
+    to_base: ClassVar[bool] = False
+    """Whether the distance to the base's images is."""
+    timed_after: ClassVar[bool] = False
+    """Whether costs can only be measured when the seed's runs are trained."""
+    refused: ClassVar[Mapping[str, str]] = {
+        **SET_HERE,
+        "lr": "learning rates belong to methods: --lr METHOD=RATE",
+        "tuner": "a method's settings are written METHOD:tuner.KEY=VALUE",
+    }
+    """Settings that may not be written for all runs, and what to do instead."""
+
+    # ------------------------------------------------------------------------------------------------- settings
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raises `UsageError` for a name of `--methods` that does not fit the table."""
+        for name in names:
+            find_method(name)
+
+    def refuse_unknown(self, name: str, names: Sequence[str], where: str) -> None:
+        """Raises `UsageError` for a name that is not among `names`; `where` it was written."""
+        if name not in names and name not in TUNERS:
+            raise unknown("method", name, names, f" It is in '{where}'.")
+        if name not in names:
+            raise UsageError(f"{where}: {name} is not among --{self.arms} {','.join(names)}.")
+
+    def check_own(self, pair: str, name: str, key: str) -> None:
+        """Raises `UsageError` for a setting of one arm, `pair`, that must be the same for all of them."""
+        if key not in OWN:
+            raise UsageError(
+                f"{pair}: only {', '.join(OWN)} may differ between {self.arms}. "
+                f"For all of them: {pair[len(name) + 1 :]}"
+            )
+
+    def config(self, arm: Arm, flags: Mapping[str, Any], pairs: Iterable[str]) -> TrainConfig:
+        """A run's configuration, with its learning rate."""
+        flags = {**flags, "method": arm.own, "base": arm.base}
+        return with_learning_rate(resolve_config(TrainConfig, flags=flags, pairs=pairs))
+
+    def check_config(self, config: TrainConfig) -> None:
+        """Raises `UsageError` for an arm's configuration that the table cannot compare."""
+        method_config(config.method, config.tuner)
+
+    # ----------------------------------------------------------------------------------------------------- work
+
+    def train(self, shop: Workshop, run: Run, config: TrainConfig) -> None:
+        """Trains the run to the end; goes on from its last resume state."""
+        from ...core.training.train import train
+
+        train(
+            config, run, shop.source, held_out=shop.held_out, map_meta=shop.maps, offline=shop.offline,
+            quiet=shop.quiet,
+        )  # fmt: skip
+
+    def result(self, run: Run) -> str:
+        """The hash of what was trained."""
+        from ...core.files import sha256
+
+        return sha256(run.tuner)
+
+    def draw(self, shop: Workshop, run: Run, parent: Path, count: int, sampling: SampleConfig, first: int) -> None:
+        """Draws `count` held-out captions with what was trained into parent/`drawn`, image i with seed `first` + i."""
+        from ..heldout import sample_heldout
+
+        sample_heldout(
+            run, count=count, sampling=sampling, seed=first, which=(self.drawn,), quiet=shop.quiet,
+            offline=shop.offline, out=parent, repeat=True,
+        )  # fmt: skip
+
+    def count(self, shop: Workshop) -> dict[str, dict[str, int]]:
+        """Parameters of each arm and base by name, as `eval.profile.parameters` counts them.
+
+        Raises `UsageError` naming a method that does not fit its base.
+        """
+        from .cost import count_parameters
+
+        return count_parameters(shop)
+
+    def costs(self, shop: Workshop, seed: int, configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
+        """{"rows": {name: {figure: value}}, "protocol"} of arms and bases."""
+        from .cost import measure_costs
+
+        return measure_costs(shop, configs)
+
+    def time(self, shop: Workshop, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Seconds of a step and of drawing an image, by arm; nothing is written to the table's folder."""
+        from .cost import time_arms
+
+        return time_arms(shop, names)
