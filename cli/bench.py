@@ -127,9 +127,7 @@ def transfer(
 def control(
     pairs: Pairs = None,
     methods: Methods = "scedit,diffscaler",
-    cond: Annotated[
-        str | None, typer.Option(help="Conditions to control by, e.g. canny or canny:low=50,color.")
-    ] = None,
+    cond: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "cond"))] = None,
     base: Bases = None,
     data: Data = None,
     maps: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "maps"))] = None,

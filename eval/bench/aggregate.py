@@ -61,11 +61,14 @@ def best(rows: Mapping[str, Values], better: str) -> str | None:
     if first is None or len(rows) < 2:
         return None
     others = [difference(values, rows[first]) for name, values in rows.items() if name != first]
-    beaten = (
-        one is not None and one.interval is not None and (one.interval[0] > 0 if better == "lower" else one.interval[1] < 0)
-        for one in others
-    )  # fmt: skip
-    return first if all(beaten) else None
+    return first if all(one is not None and _worse(one, better) for one in others) else None
+
+
+def _worse(found: Estimate, better: str) -> bool:
+    """Whether a difference is on the worse side with its whole interval."""
+    if found.interval is None:
+        return False
+    return found.interval[0] > 0 if better == "lower" else found.interval[1] < 0
 
 
 def not_told_apart(rows: Mapping[str, Values]) -> list[tuple[str, str]]:

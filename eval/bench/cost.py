@@ -179,7 +179,7 @@ def time_arms(shop: Workshop, names: Sequence[str]) -> dict[str, tuple[float, fl
 
 
 def count_parameters(shop: Workshop) -> dict[str, dict[str, int]]:
-    """What every arm trains and stores, and each base's size, as `eval.profile.parameters` counts; nothing is allocated.
+    """What every arm trains and stores, and each base's size, as `eval.profile.parameters` counts.
 
     Raises `UsageError` naming a method that does not fit its base.
     """

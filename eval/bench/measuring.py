@@ -54,9 +54,8 @@ def available(shop: Workshop) -> tuple[tuple[str, ...], list[str]]:
             if how.clip_model or how.clip_weights:
                 raise
             notes.append(f"CLIP score is not measured: {error}")
-    if conditions:
-        if [name for name in conditions if _has_score(shop, name, notes)]:
-            metrics.append("control")
+    if [name for name in conditions if _has_score(shop, name, notes)]:
+        metrics.append("control")
     return tuple(metrics), notes
 
 

@@ -75,8 +75,8 @@ ELR_CONTROL = Paper(
         "stages I and II, distilled": ("43.7", "0.46", "0.57", "0.74", "536M", "11 GB", "–"),
     },
     _note(
-        "Stable Diffusion at 512 px, one epoch of 5 million images, one seed, no intervals; its parameters are those of "
-        "U-Net and adapter together, the locked U-Net among them"
+        "Stable Diffusion at 512 px, one epoch of 5 million images, one seed, no intervals; its parameters are those "
+        "of U-Net and adapter together, the locked U-Net among them"
     ),
 )
 
@@ -90,8 +90,8 @@ ELR_STUDENTS = Paper(
         "low-rank U-Net, distilled": ("45.0", "0.768", "790M"),
     },
     _note(
-        "Stable Diffusion 2.1 at 512 px, one epoch of 5 million images, one seed, no intervals; parameters are those of "
-        "U-Net, text encoder and autoencoder together"
+        "Stable Diffusion 2.1 at 512 px, one epoch of 5 million images, one seed, no intervals; parameters are those "
+        "of U-Net, text encoder and autoencoder together"
     ),
 )
 

@@ -175,7 +175,9 @@ def _check_list(values: Sequence[str], flag: str, example: str) -> None:
         raise UsageError(f"{flag} names {', '.join(sorted(twice))} twice.")
 
 
-def _sorted_pairs(form: Form, pairs: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:  # fmt: skip
+def _sorted_pairs(
+    form: Form, pairs: Sequence[str], names: Sequence[str]
+) -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """The pairs of all runs, and those of single methods without the method's name."""
     shared: list[str] = []
     own: dict[str, tuple[str, ...]] = {}

@@ -1,4 +1,4 @@
-"""Figures over seeds: the intervals are Student's, rows are compared seed by seed, and nobody wins inside an interval."""
+"""Figures over seeds: Student's intervals, rows compared seed by seed, and nobody wins inside an interval."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def test_seeds_that_move_all_rows_together_do_not_hide_a_difference() -> None:
     """The single intervals overlap almost completely; the paired difference is 1 ± 0.2."""
     found = rows(a=[10, 20, 30], b=[11.0, 20.9, 31.1])
     spans = [over_seeds(list(values.values())).interval for values in found.values()]
-    assert spans[0] and spans[1]
+    assert spans[0]
+    assert spans[1]
     assert spans[1][0] < spans[0][1]
     assert best(found, "lower") == "a"
     assert best(found, "higher") == "b"

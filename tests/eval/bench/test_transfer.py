@@ -180,7 +180,7 @@ def test_figures_that_were_measured_differently_are_refused(copied: Workshop) ->
     content = json.loads(file.read_text())
     content["result"]["figures"]["distance"]["protocol"]["n"] = 3
     file.write_text(json.dumps(content))
-    with pytest.raises(SctoolError, match=r"measured differently: n \(3 / 4\)"):
+    with pytest.raises(SctoolError, match=r"measured differently: n \(4 / 3\)"):
         make_table(copied)
 
 
@@ -398,15 +398,14 @@ def test_a_class_conditional_transformer(tmp_path: Path) -> None:
     usual["measuring"] = Measuring("mini")
     settings = make_settings(Transfer(), names=("full",), pairs=("mask=0.5",), **usual)
     shop = open_workshop(settings, tmp_path / "out", quiet=True)
-    assert plan_table(shop)["methods"]["full"]["image_s"] > 0
+    assert plan_table(shop)["rows"]["full"]["image_s"] > 0
     table = make_table(shop)
     assert table.protocol["sampling"]["guidance"] == 4
     assert table.rows[0].parameters["trainable"] == table.bases[0].parameters["base"] + 8, "one new class of width 8"
     assert table.bases[0].values["distance"].keys() == {0}
+    both = make_settings(Transfer(), names=("full", "scedit"), **usual)
     with pytest.raises(UsageError, match="--methods scedit does not fit"):
-        make_table(
-            open_workshop(make_settings(Transfer(), names=("full", "scedit"), **usual), tmp_path / "other", quiet=True)
-        )
+        make_table(open_workshop(both, tmp_path / "other", quiet=True))
 
 
 def make_dit(folder: Path) -> Path:
