@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from sctool.eval.bench.collecting import make_table
+from sctool.eval.bench.control import Control
 from sctool.eval.bench.form import Form
 from sctool.eval.bench.settings import Measuring, Settings, make_settings
 from sctool.eval.bench.table import Table
@@ -35,6 +38,23 @@ def make(tiny_base: Path, pictures: Path) -> MakeSettings:
 def finished(make: MakeSettings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workshop, Table]:
     """A finished table. Tests leave its folder as it is."""
     shop = open_workshop(make(), tmp_path_factory.mktemp("bench") / "transfer", quiet=True)
+    return shop, make_table(shop)
+
+
+@pytest.fixture(scope="session")
+def controlled(
+    make: MakeSettings, tiny_base: Path, edges: Path, base_maker: Callable[..., Path], tmp_path_factory: Any
+) -> tuple[Workshop, Table]:
+    """A finished control table of two methods on two bases, by edges of lower thresholds than the annotator's own."""
+    other = base_maker(tmp_path_factory.mktemp("base") / "other", seed=1)
+    flags = {"data": str(edges.parent / "pictures-canny"), "cond": "canny:low=50"}
+    shutil.copytree(edges, flags["data"], ignore=shutil.ignore_patterns("*.canny.png", "*.jsonl"))
+    rows = [json.loads(line) for line in (edges / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.dumps({key: row[key] for key in ("file_name", "text", "split")}) + "\n" for row in rows]
+    (Path(flags["data"]) / "metadata.jsonl").write_text("".join(lines))
+    names, bases = ("scedit", "diffscaler"), [str(tiny_base), str(other)]
+    settings = make(Control(), names=names, bases=bases, flags=flags, count=10)
+    shop = open_workshop(settings, tmp_path_factory.mktemp("bench") / "control", quiet=True)
     return shop, make_table(shop)
 
 
