@@ -182,6 +182,65 @@ def control(
     _run(Control(), asked, out, report=report, dry_run=dry_run, offline=offline, as_json=as_json, quiet=quiet)
 
 
+@app.command(cls=Command)
+def distill(
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings of all runs as in sctool distill, or ARM:KEY=VALUE of one arm's: half:ratio=0.5.",
+        ),
+    ] = None,
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="Students to compare: lowrank, lowrank-undistilled, bk-base, bk-small, bk-tiny, or any name with "
+            "settings of its own."
+        ),
+    ] = "lowrank,lowrank-undistilled",
+    base: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "base", "The teacher."))] = None,
+    data: Data = None,
+    steps: Steps = 500,
+    batch: Batch = None,
+    seeds: Seeds = 3,
+    count: Count = 200,
+    sample_steps: SampleSteps = None,
+    guidance: Guidance = None,
+    features: Features = "auto",
+    weights: Weights = None,
+    clip_model: ClipModel = None,
+    clip_weights: ClipWeights = None,
+    out: Out = Path("bench/distill"),
+    report: Report = False,
+    dry_run: DryRun = False,
+    offline: Offline = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Distil students of one base, as in the tables of ELR-Diffusion and BK-SDM.
+
+    Distance to the real images and to the teacher's, CLIP score, parameters and times; the teacher is the first row.
+    The same command again does what is not done yet.
+
+    Examples:
+
+      sctool bench distill --steps 20 --count 8                 built-in base and data
+
+      sctool bench distill --base ./sd21 --data laion --arms lowrank,bk-small --steps 5000 --batch 32 --dry-run
+
+      sctool bench distill --arms lowrank,half,white half:ratio=0.5 white:ratio=0.4225 white:init=whitened --report
+    """
+    from ..eval.bench.distill import Distill
+
+    asked: dict[str, Any] = {
+        "names": _names(arms), "bases": [base or "mini"], "seeds": seeds,
+        "flags": {"data": data, "steps": steps, "batch": batch}, "pairs": pairs or (), "count": count,
+        "sample_steps": sample_steps, "guidance": guidance,
+        "measuring": _measuring(features, weights, clip_model, clip_weights),
+    }  # fmt: skip
+    _run(Distill(), asked, out, report=report, dry_run=dry_run, offline=offline, as_json=as_json, quiet=quiet)
+
+
 def _run(
     form: Form, asked: dict[str, Any], out: Path, *, report: bool, dry_run: bool, offline: bool, as_json: bool,
     quiet: bool,

@@ -103,9 +103,10 @@ class _Collected:
 
     def _row(self, name: str, parameters: dict[str, int]) -> Row:
         settings, config = self.shop.settings, self.configs[name, 0].model_dump(mode="json")
-        pairs = settings.own.get(settings.arms[name].own, ())
-        keys = dict.fromkeys(pair.partition("=")[0].split(".")[0] for pair in pairs)
-        own = {key: config[key] for key in config if key in keys and key != "lr"}
+        arm = settings.arms[name].own
+        pairs = [pair.partition("=") for pair in (*self.form.recipe(arm), *settings.own.get(arm, ()))]
+        written = {key.split(".")[0]: value for key, _, value in pairs}
+        own = {k: text if config.get(k) is None else config[k] for k, text in written.items() if k != "lr"}
         return Row(name, parameters, config["lr"], own)
 
     # -------------------------------------------------------------------------------------------------- running
@@ -197,8 +198,13 @@ class _Collected:
 
     def _protocol(self, figures: dict[str, Any]) -> dict[str, Any]:
         settings = self.shop.settings
-        config = settings.first.model_dump(mode="json")
-        shared = {key: value for key, value in config.items() if key not in (*OWN, "method", "base", "seed")}
+        configs = [settings.config(arm, 0).model_dump(mode="json") for arm in settings.arms]
+        left_out = (*OWN, "method", "base", "seed")
+        shared = {
+            key: value
+            for key, value in configs[0].items()
+            if key not in left_out and all(config.get(key) == value for config in configs)
+        }
         return {
             "seeds": list(range(settings.seeds)),
             "bases": settings.bases,

@@ -22,9 +22,9 @@ class Control(Form):
     clip = True
     refused: ClassVar[Mapping[str, str]] = {**Form.refused, "cond": "conditions are given with --cond"}
 
-    def check_names(self, names: Sequence[str]) -> None:
+    def check_names(self, names: Sequence[str], own: Mapping[str, tuple[str, ...]]) -> None:
         """Refuses methods that take no condition maps."""
-        super().check_names(names)
+        super().check_names(names, own)
         able = [name for name, method in TUNERS.items() if method.control != "none"]
         if unable := [name for name in names if name not in able]:
             raise UsageError(

@@ -186,11 +186,9 @@ def count_parameters(shop: Workshop) -> dict[str, dict[str, int]]:
     settings, counts = shop.settings, dict[str, dict[str, int]]()
     for name, base in settings.bases.items():
         backbone = load_backbone(base, offline=shop.offline)
-        backbone.check_size(shop.size)
+        counts[name] = _base_counts(backbone, shop.size)
         classes = added_classes(settings.first, shop.source, shop.held_out, backbone)
         denoiser = backbone.denoiser.to("meta")
-        size = sum(p.numel() for p in denoiser.parameters())
-        counts[name] = {"trainable": 0, "stored": 0, "base": size, "total": size}
         for arm in (arm for arm in settings.arms.values() if arm.base == base):
             config = settings.config(arm.name, 0)
             own = method_config(config.method, config.tuner)
@@ -202,6 +200,18 @@ def count_parameters(shop: Workshop) -> dict[str, dict[str, int]]:
                 raise type(error)(f"--methods {arm.own} does not fit --base {base}: {error}") from error
             counts[arm.name] = parameters(denoiser, tuner)
     return counts
+
+
+def count_bases(shop: Workshop) -> dict[str, dict[str, int]]:
+    """The size of each base's denoiser. Raises `UsageError` for a base that cannot take the table's image size."""
+    bases = {name: load_backbone(base, offline=shop.offline) for name, base in shop.settings.bases.items()}
+    return {name: _base_counts(backbone, shop.size) for name, backbone in bases.items()}
+
+
+def _base_counts(backbone: Backbone, side: int) -> dict[str, int]:
+    backbone.check_size(side)
+    size = sum(p.numel() for p in backbone.denoiser.parameters())
+    return {"trainable": 0, "stored": 0, "base": size, "total": size}
 
 
 def device_name(device: str) -> str:

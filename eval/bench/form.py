@@ -78,8 +78,8 @@ class Form:
 
     # ------------------------------------------------------------------------------------------------- settings
 
-    def check_names(self, names: Sequence[str]) -> None:
-        """Raises `UsageError` for a name of `--methods` that does not fit the table."""
+    def check_names(self, names: Sequence[str], own: Mapping[str, tuple[str, ...]]) -> None:
+        """Raises `UsageError` for a row's name that does not fit the table; `own` are the settings written by name."""
         for name in names:
             find_method(name)
 
@@ -97,6 +97,10 @@ class Form:
                 f"{pair}: only {', '.join(OWN)} may differ between {self.arms}. "
                 f"For all of them: {pair[len(name) + 1 :]}"
             )
+
+    def recipe(self, name: str) -> tuple[str, ...]:
+        """The settings that a name stands for, as KEY=VALUE."""
+        return ()
 
     def config(self, arm: Arm, flags: Mapping[str, Any], pairs: Iterable[str]) -> TrainConfig:
         """A run's configuration, with its learning rate."""

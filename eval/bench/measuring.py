@@ -46,7 +46,7 @@ def available(shop: Workshop) -> tuple[tuple[str, ...], list[str]]:
     if shop.settings.form.clip:
         try:
             choose_clip(
-                how.features, model=how.clip_model, weights=how.clip_weights, base=shop.settings.first.base,
+                how.features, model=how.clip_model, weights=how.clip_weights, base=shop.settings.base,
                 offline=shop.offline, device=shop.device,
             )  # fmt: skip
             metrics.append("clip")
@@ -110,7 +110,7 @@ def measure_to_base(shop: Workshop, drawn: Piece, samples: Path, base: Piece, ba
 def _evaluated(shop: Workshop, samples: Path, metrics: tuple[str, ...], reference: Path) -> Results:
     """All rows by the networks that are chosen for the first base: a student's folder is not an embedded base."""
     asked = options(shop, metrics, str(reference))
-    return evaluate(samples, asked, maps=shop.maps, base=shop.settings.first.base)
+    return evaluate(samples, asked, maps=shop.maps, base=shop.settings.base)
 
 
 def _key(key: str) -> str | None:

@@ -31,9 +31,9 @@ def real_statistics(shop: Workshop) -> Path:
 
     def work() -> dict[str, Any]:
         shop.progress.note("measuring the real images")
-        return {"n": _measure(shop, config.base, path)}
+        return {"n": _measure(shop, shop.settings.base, path)}
 
-    identity = {"base": config.base, "data": config.data, "size": shop.size, "set": stamps}
+    identity = {"base": shop.settings.base, "data": config.data, "size": shop.size, "set": stamps}
     identity |= {"features": how.features, "weights": how.weights}
     piece = Piece(shop.out / "real.json", identity)
     if not path.is_file():

@@ -90,9 +90,14 @@ def draw_run(shop: Workshop, run: Run, seed: int) -> Piece:
 
 
 def base_drawing_piece(shop: Workshop, name: str, seed: int, run: Run) -> Piece:
-    """The drawing of the same captions and seeds with an untouched base; `run` is any trained run on it of the seed."""
+    """The drawing of the same captions and seeds with an untouched base; `run` is any run on it of the seed."""
     config = run.config
-    model = {"base": config.base, "data": config.data, "val_data": config.val_data, "caption": config.caption}
+    model = {
+        "base": shop.settings.bases[name],
+        "data": config.data,
+        "val_data": config.val_data,
+        "caption": config.caption,
+    }
     model |= {"cond": list(config.cond), "maps": config.maps} if config.cond else {}
     return _drawing(shop, seed, model, shop.base_images(name, seed))
 
@@ -104,7 +109,7 @@ def draw_base(shop: Workshop, name: str, seed: int, run: Run) -> Piece:
     def draw() -> None:
         sample_heldout(
             run, count=settings.count, sampling=settings.sampling, seed=settings.first_image(seed), which=(BASE,),
-            quiet=shop.quiet, offline=shop.offline, out=folder, repeat=True,
+            quiet=shop.quiet, offline=shop.offline, out=folder, repeat=True, base=settings.bases[name],
         )  # fmt: skip
 
     piece = base_drawing_piece(shop, name, seed, run)

@@ -59,7 +59,8 @@ class Settings:
         """The run of an arm with `seed`; at rate `lr` where given, else at the arm's given or usual rate."""
         one = self.arms[arm]
         flags = {**self.flags, "seed": seed, "lr": self.lr.get(one.own), "sample_every": 0, "keep": 1}
-        config = self.form.config(one, flags, [*self.pairs, *self.own.get(one.own, ())])
+        pairs = [*self.pairs, *self.form.recipe(one.own), *self.own.get(one.own, ())]
+        config = self.form.config(one, flags, pairs)
         update: dict[str, Any] = {"steps": steps or config.steps}
         update["validate_every"] = math.ceil(update["steps"] / VALIDATIONS)
         if lr is not None:
@@ -70,6 +71,11 @@ class Settings:
     def first(self) -> TrainConfig:
         """The first arm's run with seed 0, for what is the same in all runs."""
         return self.config(next(iter(self.arms)), 0)
+
+    @property
+    def base(self) -> str:
+        """The first base: it decides what is the same for all."""
+        return next(iter(self.arms.values())).base
 
     @property
     def bases(self) -> dict[str, str]:
@@ -114,7 +120,7 @@ def make_settings(
     _check_list(names, f"--{form.arms}", form.example)
     _check_list(bases, "--base", "mini")
     shared, own = _sorted_pairs(form, pairs, names)
-    form.check_names(names)
+    form.check_names(names, own)
     if not 1 <= seeds <= RATE_SEED:
         raise UsageError(f"--seeds {seeds}: give 1 to {RATE_SEED}; {FEWEST_SEEDS} or more for intervals.")
     if count < 2:

@@ -122,11 +122,12 @@ def verdict_lines(table: Table) -> list[str]:
     lines = []
     for key in table.keys:
         name, winner, reference = table.example(key).name, table.best(key), table.reference(key)
-        if winner:
-            lines.append(f"{name}: {winner} is best.")
         close = [b if a == reference else a for a, b in table.not_told_apart(key) if reference in (a, b)]
-        if close:
-            lines.append(f"{name}: {reference} has the best mean; not told apart from it: {', '.join(close)}.")
+        apart = f"; not told apart from it: {', '.join(close)}" if close else ""
+        if winner:
+            lines.append(f"{name}: {winner} is the best of the {table.form.arms}{apart}.")
+        elif close:
+            lines.append(f"{name}: {reference} has the best mean{apart}.")
     return lines
 
 
@@ -187,7 +188,7 @@ def _grid(
 ) -> None:
     grid = Grid(title=escape(name) if name else None, title_justify="left", box=box.SIMPLE_HEAD)
     for text in ("", *heads):
-        grid.add_column(escape(text), justify="right" if text else "left")
+        grid.add_column(escape(text), justify="right" if text else "left", overflow="fold")
     for row in rows:
         grid.add_row(escape(row.name), *cells(row))
     console.print(grid)
@@ -205,7 +206,7 @@ def _cell(value: str, span: str) -> str:
 def _paper(console: Console, paper: Paper) -> None:
     grid = Grid(title=escape(paper.title), title_justify="left", box=box.SIMPLE_HEAD)
     for text in ("", *paper.columns):
-        grid.add_column(escape(text), justify="right" if text else "left")
+        grid.add_column(escape(text), justify="right" if text else "left", overflow="fold")
     for name, values in paper.rows.items():
         grid.add_row(escape(name), *map(escape, values))
     console.print(grid)

@@ -51,7 +51,7 @@ class Workshop:
     def base_images(self, name: str, seed: int) -> Path:
         """The folder of the untouched base's images for the seed."""
         settings = self.settings
-        first = settings.bases[name] == settings.first.base  # adding a base keeps the first one's images
+        first = settings.bases[name] == settings.base  # adding a base keeps the first one's images
         return self.out / ("base" if first else f"base@{folder_name(name)}") / f"seed{seed}"
 
 
@@ -62,7 +62,7 @@ def open_workshop(settings: Settings, out: str | Path, *, offline: bool = False,
     """
     config, drawn = settings.first, settings.sampling
     size = _common_size(settings, config, offline)
-    family = family_of(config.base, offline)
+    family = family_of(settings.base, offline)
     prompt = family.prompt_rule(config.trigger, config.caption)
     source, held_out, maps = open_training_sets(config, size, prompt=prompt, quiet=quiet)
     if not evaluation_records(source, held_out, config):
