@@ -62,7 +62,7 @@ def make_table(shop: Workshop) -> Table:
     is trained.
     """
     settings = shop.settings
-    parameters = settings.form.count(shop)
+    parameters = shop.work.count()
     refuse_all_changed(shop)
     metrics, notes = available(shop)
     for note in notes:
@@ -153,7 +153,7 @@ class _Collected:
 
         def work() -> dict[str, Any]:
             shop.progress.note(f"timing all {self.form.arms} in turns, seed {seed}")
-            return self.form.costs(shop, seed, configs)
+            return shop.work.costs(seed, configs)
 
         identity: dict[str, Any] = {name: config.model_dump(mode="json") for name, config in configs.items()}
         identity |= {"device": device_name(shop.device), "figures": COSTS, "sampling": shop.settings.sampling.batch}

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ...core.config import SampleConfig, TrainConfig
+from ...core.config import TrainConfig
 from ...core.errors import UsageError, unknown
-from ...core.runs import Run, open_run
 from . import students
 from .form import OWN, SET_HERE, Arm, Form
 from .papers import BK_STUDENTS, ELR_STUDENTS
-
-if TYPE_CHECKING:
-    from .workshop import Workshop
 
 ARMS: dict[str, tuple[str, ...]] = {
     "lowrank": ("ratio=0.4225",),
@@ -26,8 +19,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     "bk-tiny": ("prune=tiny",),
 }
 """Arms that need no settings: ELR-Diffusion's student, the same trained on the images alone, and BK-SDM's."""
-TIMED_STEPS = 3
-"""Steps of the distillation that a plan times."""
 
 
 class Distill(Form):
@@ -35,6 +26,7 @@ class Distill(Form):
 
     name = "distill"
     title = "Students of {bases} on {data}"
+    work = "student_work.StudentWork"
     papers = (ELR_STUDENTS, BK_STUDENTS)
     arms = "arms"
     example = "lowrank,bk-small"
@@ -81,80 +73,3 @@ class Distill(Form):
 
     def check_config(self, config: TrainConfig) -> None:
         """Nothing more: `config` has checked it."""
-
-    # ----------------------------------------------------------------------------------------------------- work
-
-    def train(self, shop: Workshop, run: Run, config: TrainConfig) -> None:
-        """Makes the student and distils it to the end; goes on from its last resume state."""
-        students.distilling().distill(
-            config, run, shop.source, held_out=shop.held_out, offline=shop.offline, quiet=shop.quiet
-        )
-
-    def result(self, run: Run) -> str:
-        """The hash of the student's denoiser."""
-        from ...core.backbones.bases import content_hash, family_of
-
-        folder = students.student_folder(run)
-        return content_hash(folder, family_of(str(folder)).denoiser_part)
-
-    def draw(self, shop: Workshop, run: Run, parent: Path, count: int, sampling: SampleConfig, first: int) -> None:
-        """Draws `count` held-out captions with the student into parent/student, image i with seed `first` + i."""
-        from ..heldout import sample_heldout
-
-        sample_heldout(
-            run, count=count, sampling=sampling, seed=first, which=(self.drawn,), quiet=shop.quiet,
-            offline=shop.offline, out=parent, repeat=True, base=str(students.student_folder(run)),
-        )  # fmt: skip
-
-    def count(self, shop: Workshop) -> dict[str, dict[str, int]]:
-        """Parameters of teacher and students; all of a student's are trained and stored."""
-        from .cost import count_bases
-
-        counts = count_bases(shop)
-        teacher = counts[self.base]["base"]
-        for name in shop.settings.arms:
-            config = shop.settings.config(name, 0)
-            try:
-                size = students.distilling().student_parameters(config, offline=shop.offline)
-            except UsageError as error:
-                raise type(error)(f"arm {name} does not fit --base {shop.settings.base}: {error}") from error
-            counts[name] = {"trainable": size, "stored": size, "base": teacher, "total": size}
-        return counts
-
-    def costs(self, shop: Workshop, seed: int, configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
-        """Sampling steps of teacher and students in turns; training steps as the runs themselves took them."""
-        from .cost import sampling_protocol, sampling_steps
-        from .running import training_piece
-
-        runs = {arm: shop.run(arm, seed) for arm in configs}
-        folders = {arm: str(students.student_folder(run)) for arm, run in runs.items()}
-        rows: dict[str, dict[str, Any]] = {
-            name: {"sample_step_s": seconds} for name, seconds in sampling_steps(shop, {}, folders).items()
-        }
-        for arm, run in runs.items():
-            trained = training_piece(run, configs[arm]).result() or {}
-            rows[arm]["step_s"] = trained["seconds"] / configs[arm].steps
-        step = "mean of the steps of the training, one run after the other"
-        return {"rows": rows, "protocol": {"step": step, **sampling_protocol(shop)}}
-
-    def time(self, shop: Workshop, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-        """Seconds of a step and of drawing an image, by distilling for a few steps in a temporary folder."""
-        from ...core.training.splits import split_records
-        from .cost import sampling_steps
-        from .running import log_rows
-
-        times, sampling = {}, shop.settings.sampling
-        for name in names:
-            config = shop.settings.config(name, 0, steps=TIMED_STEPS)
-            training, held_out = split_records(shop.source, shop.held_out, config)
-            few = replace(shop.source, records=training[: config.batch])
-            with TemporaryDirectory() as folder:
-                run = open_run(folder, "timed", config)
-                students.distilling().distill(
-                    config, run, few, held_out=replace(shop.source, records=held_out[:1]), offline=shop.offline,
-                    quiet=True,
-                )  # fmt: skip
-                seconds = sum(row.get("seconds", 0) for row in log_rows(run))
-                drawn = sampling_steps(shop, {}, {name: str(students.student_folder(run))}, repeats=1)[name]
-            times[name] = (seconds / TIMED_STEPS, drawn * sampling.steps / sampling.batch)
-        return times

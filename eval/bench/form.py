@@ -1,23 +1,18 @@
-"""What makes one table differ from another: the settings of its runs, how they are trained, drawn and timed.
+"""What makes one table differ from another: its rows and their settings, its figures, its words. Imports no torch.
 
-`Form` is a table of tuners on frozen bases, as `transfer` and `control` are. Imports no torch before work begins.
+`Form` is a table of tuners on frozen bases, as `transfer` and `control` are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ...core.config import SampleConfig, TrainConfig, resolve_config
+from ...core.config import TrainConfig, resolve_config
 from ...core.errors import UsageError, unknown
-from ...core.runs import Run
 from ...core.tuners import TUNERS, find_method, method_config, with_learning_rate
 from .papers import Paper
-
-if TYPE_CHECKING:
-    from .workshop import Workshop
 
 OWN = ("tuner", "lr", "weight_decay", "betas", "max_grad_norm", "schedule", "warmup", "ema")
 """Settings that may differ between arms; all others decide the budget or the data and are the same for all."""
@@ -52,6 +47,8 @@ class Form:
     name: ClassVar[str]
     title: ClassVar[str]
     """Of the table, with {bases} and {data}."""
+    work: ClassVar[str] = "tuner_work.TunerWork"
+    """Module and class here of what trains and draws its runs; see `workshop.Work`."""
     papers: ClassVar[tuple[Paper, ...]] = ()
     arms: ClassVar[str] = "methods"
     """What its rows are called, and the flag that names them."""
@@ -110,50 +107,3 @@ class Form:
     def check_config(self, config: TrainConfig) -> None:
         """Raises `UsageError` for an arm's configuration that the table cannot compare."""
         method_config(config.method, config.tuner)
-
-    # ----------------------------------------------------------------------------------------------------- work
-
-    def train(self, shop: Workshop, run: Run, config: TrainConfig) -> None:
-        """Trains the run to the end; goes on from its last resume state."""
-        from ...core.training.train import train
-
-        train(
-            config, run, shop.source, held_out=shop.held_out, map_meta=shop.maps, offline=shop.offline,
-            quiet=shop.quiet,
-        )  # fmt: skip
-
-    def result(self, run: Run) -> str:
-        """The hash of what was trained."""
-        from ...core.files import sha256
-
-        return sha256(run.tuner)
-
-    def draw(self, shop: Workshop, run: Run, parent: Path, count: int, sampling: SampleConfig, first: int) -> None:
-        """Draws `count` held-out captions with what was trained into parent/`drawn`, image i with seed `first` + i."""
-        from ..heldout import sample_heldout
-
-        sample_heldout(
-            run, count=count, sampling=sampling, seed=first, which=(self.drawn,), quiet=shop.quiet,
-            offline=shop.offline, out=parent, repeat=True,
-        )  # fmt: skip
-
-    def count(self, shop: Workshop) -> dict[str, dict[str, int]]:
-        """Parameters of each arm and base by name, as `eval.profile.parameters` counts them.
-
-        Raises `UsageError` naming a method that does not fit its base.
-        """
-        from .cost import count_parameters
-
-        return count_parameters(shop)
-
-    def costs(self, shop: Workshop, seed: int, configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
-        """{"rows": {name: {figure: value}}, "protocol"} of arms and bases."""
-        from .cost import measure_costs
-
-        return measure_costs(shop, configs)
-
-    def time(self, shop: Workshop, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-        """Seconds of a step and of drawing an image, by arm; nothing is written to the table's folder."""
-        from .cost import time_arms
-
-        return time_arms(shop, names)

@@ -52,7 +52,7 @@ class _Work:
 def plan_table(shop: Workshop) -> dict[str, Any]:
     """The plan as one JSON value. Raises as `make_table` does before it trains."""
     settings, form = shop.settings, shop.settings.form
-    counts = form.count(shop)
+    counts = shop.work.count()
     metrics, notes = available(shop)
     tuned = _finished_rates(shop)
     refuse_all_changed(shop, tuned if len(tuned) == len(settings.tuned) else None)
@@ -120,7 +120,7 @@ def _timed(shop: Workshop, works: Mapping[str, list[_Work]]) -> dict[str, RowPla
     ]
     if unknown:
         shop.progress.note(f"timing a few steps and images of {', '.join(unknown)}")
-    timed = shop.settings.form.time(shop, unknown) if unknown else {}
+    timed = shop.work.time(unknown) if unknown else {}
     nothing = (0.0, 0.0)
     return {
         name: RowPlan(

@@ -49,7 +49,7 @@ def _train_to_the_end(shop: Workshop, run: Run, config: TrainConfig) -> None:
     open_run(run.path.parent, run.name, config)
     with run.locked():
         try:
-            shop.settings.form.train(shop, run, config)
+            shop.work.train(run, config)
         except SctoolError:
             run.discard_if_untrained()
             raise
@@ -72,7 +72,7 @@ def held_out_loss(run: Run, step: int) -> float | None:
 
 def drawing_piece(shop: Workshop, run: Run, seed: int) -> Piece:
     """The drawing of `count` held-out captions with what a run trained: {"seconds"}."""
-    return _drawing(shop, seed, shop.settings.form.result(run), run.path / FOLDER)
+    return _drawing(shop, seed, shop.work.result(run), run.path / FOLDER)
 
 
 def drawn_images(shop: Workshop, run: Run) -> Path:
@@ -82,10 +82,8 @@ def drawn_images(shop: Workshop, run: Run) -> Path:
 
 def draw_run(shop: Workshop, run: Run, seed: int) -> Piece:
     """Draws with what a run trained; returns the piece, done."""
-    settings = shop.settings
     piece = drawing_piece(shop, run, seed)
-    first, form = settings.first_image(seed), settings.form
-    piece.do(_timed(lambda: form.draw(shop, run, run.samples, settings.count, settings.sampling, first)))
+    piece.do(_timed(lambda: shop.work.draw(run, run.samples, seed)))
     return piece
 
 

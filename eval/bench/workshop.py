@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ...annotators.training_sets import open_training_sets
 from ...core.backbones.bases import family_of, resolution
@@ -36,6 +37,12 @@ class Workshop:
     """How the condition maps were made, by condition."""
 
     @property
+    def work(self) -> Work:
+        """What trains and draws the table's runs."""
+        module, _, name = self.settings.form.work.partition(".")
+        return getattr(import_module(f".{module}", __package__), name)(self)
+
+    @property
     def progress(self) -> Progress:
         """Messages to the user."""
         return Progress(self.quiet)
@@ -53,6 +60,37 @@ class Workshop:
         settings = self.settings
         first = settings.bases[name] == settings.base  # adding a base keeps the first one's images
         return self.out / ("base" if first else f"base@{folder_name(name)}") / f"seed{seed}"
+
+
+class Work(Protocol):
+    """How the runs of one form of table are made; every row is named as in the table."""
+
+    def train(self, run: Run, config: TrainConfig) -> None:
+        """Trains the run to the end; goes on from its last resume state."""
+        ...
+
+    def result(self, run: Run) -> str:
+        """The hash of what was trained."""
+        ...
+
+    def draw(self, run: Run, parent: Path, seed: int) -> None:
+        """Draws the table's captions for `seed` with what was trained, into the form's `drawn` folder in `parent`."""
+        ...
+
+    def count(self) -> dict[str, dict[str, int]]:
+        """Parameters of each arm and base, as `eval.profile.parameters` counts them.
+
+        Raises `UsageError` naming an arm that does not fit its base.
+        """
+        ...
+
+    def costs(self, seed: int, configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
+        """{"rows": {name: {figure: value}}, "protocol"} of arms and bases."""
+        ...
+
+    def time(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Seconds of a step and of drawing an image, by arm; nothing is written to the table's folder."""
+        ...
 
 
 def open_workshop(settings: Settings, out: str | Path, *, offline: bool = False, quiet: bool = False) -> Workshop:

@@ -72,7 +72,7 @@ def test_control_on_the_embedded_base_and_data(tmp_path: Path, capsys: pytest.Ca
         (["--methods", "scedti", "--cond", "canny"], "Did you mean 'scedit'?"),
         (["--cond", "cany"], "Did you mean 'canny'?"),
         (["--cond", "canny", "--base", "mini,mini-dit"], "one kind of base"),
-        (["--cond", "canny", "--base", "mini,nowhere/student"], "nowhere/student"),
+        (["--cond", "canny", "--base", "mini,./nowhere/student"], "nowhere/student"),
         (["--cond", "canny", "--maps", "nowhere"], "nowhere"),
         (["--cond", "canny", "--clip-weights", "nowhere.pt", "--steps", "1"], "nowhere.pt"),
     ],

@@ -62,7 +62,7 @@ def controlled(
 def no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed."""
     monkeypatch.setattr(
-        "sctool.eval.bench.cost.measure_costs",
+        "sctool.eval.bench.tuner_work.measure_costs",
         lambda shop, configs: {
             "rows": {name: {"step_s": 1.0, "sample_step_s": 1.0, "peak_bytes": None} for name in configs},
             "protocol": {},

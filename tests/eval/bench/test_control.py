@@ -17,7 +17,7 @@ from rich.console import Console
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.training.objective import DiffusionObjective
 from sctool.core.tuners import TUNERS
-from sctool.eval.bench import measuring, running
+from sctool.eval.bench import measuring, running, tuner_work
 from sctool.eval.bench.collecting import chosen_configs, make_table
 from sctool.eval.bench.control import Control
 from sctool.eval.bench.page import write_page
@@ -111,9 +111,10 @@ def test_a_seed_sees_the_same_data_hints_and_noise_with_every_method(
 
 def test_a_second_call_does_nothing_again(controlled: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     shop, table = controlled
-    for name in ("sctool.core.training.train.train", "sctool.eval.bench.cost.measure_costs"):
+    for name in ("sctool.core.training.train.train", "sctool.eval.bench.tuner_work.measure_costs"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("done again"))
     monkeypatch.setattr(running, "sample_heldout", lambda *_, **__: pytest.fail("drawn again"))
+    monkeypatch.setattr(tuner_work, "sample_heldout", lambda *_, **__: pytest.fail("drawn again"))
     monkeypatch.setattr(measuring, "evaluate", lambda *_, **__: pytest.fail("measured again"))
     assert make_table(shop).to_json() == table.to_json()
     plan = plan_table(shop)

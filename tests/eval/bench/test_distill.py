@@ -17,13 +17,14 @@ from sctool.core.config import TrainConfig, resolve_config
 from sctool.core.data.records import Source
 from sctool.core.errors import Diverged, SctoolError, UsageError, unknown
 from sctool.core.runs import Run
-from sctool.eval.bench import measuring, running, students
+from sctool.eval.bench import measuring, running, students, tuner_work
 from sctool.eval.bench.collecting import make_table
 from sctool.eval.bench.distill import Distill
 from sctool.eval.bench.page import write_page
 from sctool.eval.bench.plan import plan_table, show_plan
 from sctool.eval.bench.settings import Settings
 from sctool.eval.bench.show import show
+from sctool.eval.bench.student_work import StudentWork
 from sctool.eval.bench.table import Table
 from sctool.eval.bench.workshop import Workshop, open_workshop
 from sctool.eval.evaluate import evaluate
@@ -142,6 +143,7 @@ def test_a_second_call_does_nothing_again(
     shop, table = distilled
     done = len(weakening.calls)
     monkeypatch.setattr(running, "sample_heldout", lambda *_, **__: pytest.fail("drawn again"))
+    monkeypatch.setattr(tuner_work, "sample_heldout", lambda *_, **__: pytest.fail("drawn again"))
     monkeypatch.setattr(measuring, "evaluate", lambda *_, **__: pytest.fail("measured again"))
     monkeypatch.setattr("sctool.eval.bench.cost.sampling_steps", lambda *_, **__: pytest.fail("timed again"))
     assert make_table(shop).to_json() == table.to_json()
@@ -173,7 +175,7 @@ def test_after_a_kill_the_table_goes_on_with_the_next_student(
 
 
 def plan_table_without_timing(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(Distill, "time", lambda self, shop, names: dict.fromkeys(names, (1.0, 1.0)))
+    monkeypatch.setattr(StudentWork, "time", lambda self, names: dict.fromkeys(names, (1.0, 1.0)))
     return plan_table(shop)
 
 

@@ -15,7 +15,7 @@ import torch
 from sctool.core.errors import Diverged, DoesNotFit, SctoolError, UsageError
 from sctool.core.runs import Run
 from sctool.core.training.objective import DiffusionObjective
-from sctool.eval.bench import running
+from sctool.eval.bench import running, tuner_work
 from sctool.eval.bench.collecting import chosen_configs, make_table
 from sctool.eval.bench.page import write_page
 from sctool.eval.bench.papers import DIFFSCALER_TRANSFER
@@ -48,7 +48,8 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr("sctool.core.training.train.train", refuse)
     monkeypatch.setattr(running, "sample_heldout", refuse)
-    monkeypatch.setattr("sctool.eval.bench.cost.measure_costs", refuse)
+    monkeypatch.setattr(tuner_work, "sample_heldout", refuse)
+    monkeypatch.setattr("sctool.eval.bench.tuner_work.measure_costs", refuse)
     return begun
 
 
