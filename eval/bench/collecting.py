@@ -69,9 +69,10 @@ def make_table(shop: Workshop) -> Table:
         shop.progress.note(note)
     if settings.seeds < FEWEST_SEEDS:
         shop.progress.note(few_seeds(settings.seeds))
+    real = real_statistics(shop)  # before hours of training: it needs the weights of the features
     tuned = tune_rates(shop)
     refuse_all_changed(shop, tuned)
-    collected = _Collected(shop, tuned, parameters, real_statistics(shop), metrics, notes)
+    collected = _Collected(shop, tuned, parameters, real, metrics, notes)
     for seed in range(settings.seeds):
         collected.seed(seed)
     return collected.table()

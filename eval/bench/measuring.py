@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import SctoolError
+from ...annotators import make_annotators
+from ...annotators.base import Annotator
+from ...core.errors import SctoolError, UsageError
 from ...core.files import sha256
+from ..control.adherence import EVALUATOR
 from ..control.table import scores
 from ..evaluate import evaluate
 from ..features.clip_weights import choose_clip
@@ -41,8 +44,11 @@ def available(shop: Workshop) -> tuple[tuple[str, ...], list[str]]:
 
     Raises `UsageError` for weights that were given and cannot be used.
     """
-    metrics, notes = ["fid"], list[str]()
-    conditions, how = shop.settings.first.conditions, shop.settings.measuring
+    metrics, notes, how = ["fid"], list[str](), shop.settings.measuring
+    conditions = shop.settings.first.conditions
+    judges = {a.name: a for a in make_annotators(how.evaluators, flag=EVALUATOR)} if how.evaluators else {}
+    if useless := [name for name in judges if name not in conditions]:
+        raise UsageError(f"{EVALUATOR} {useless[0]} does nothing here: --cond is {','.join(conditions)}.")
     if shop.settings.form.clip:
         try:
             choose_clip(
@@ -54,21 +60,21 @@ def available(shop: Workshop) -> tuple[tuple[str, ...], list[str]]:
             if how.clip_model or how.clip_weights:
                 raise
             notes.append(f"CLIP score is not measured: {error}")
-    if [name for name in conditions if _has_score(shop, name, notes)]:
+    if [name for name in conditions if _has_score(shop, name, judges.get(name), notes)]:
         metrics.append("control")
     return tuple(metrics), notes
 
 
-def _has_score(shop: Workshop, cond: str, notes: list[str]) -> bool:
-    """Whether adherence to the condition can be measured; a note says why not."""
-    given = any(spec.partition(":")[0] == cond for spec in shop.settings.measuring.evaluators)
+def _has_score(shop: Workshop, cond: str, judge: Annotator | None, notes: list[str]) -> bool:
+    """Whether adherence to the condition can be measured; a note says why not. A given `judge` must be ready."""
     if cond not in scores():
         notes.append(f"{cond} adherence is not measured: there is no score for it.")
         return False
     try:
-        if not given:
-            scores()[cond](shop.maps.get(cond)).ready()
+        scores()[cond](shop.maps.get(cond), judge).ready()
     except SctoolError as error:
+        if judge is not None:
+            raise
         notes.append(f"{cond} adherence is not measured: {error}")
         return False
     return True

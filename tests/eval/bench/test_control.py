@@ -216,6 +216,23 @@ def test_conditions_without_a_score_or_its_weights_are_noted(
     assert measuring.available(replace(shop, settings=depth))[0] == ("fid", "clip")
 
 
+def test_an_evaluator_must_have_a_use_and_its_weights(controlled: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judged_by(*specs: str) -> Workshop:
+        how = replace(controlled[0].settings.measuring, evaluators=specs)
+        return replace(controlled[0], settings=replace(controlled[0].settings, measuring=how))
+
+    assert measuring.available(judged_by("canny:low=80"))[0] == ("fid", "clip", "control")
+    with pytest.raises(UsageError, match="--evaluator color does nothing here: --cond is canny"):
+        measuring.available(judged_by("color"))
+
+    def missing(_: Any) -> None:
+        raise SctoolError("canny needs weights.")
+
+    monkeypatch.setattr("sctool.eval.control.edges.EdgeScore.ready", missing)
+    with pytest.raises(SctoolError, match="canny needs weights"):
+        measuring.available(judged_by("canny:low=80"))
+
+
 # ----------------------------------------------------------------------------------------------------- refusals
 
 

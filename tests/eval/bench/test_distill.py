@@ -21,6 +21,7 @@ from sctool.eval.bench import measuring, running, students, tuner_work
 from sctool.eval.bench.collecting import make_table
 from sctool.eval.bench.distill import Distill
 from sctool.eval.bench.page import write_page
+from sctool.eval.bench.pieces import Piece
 from sctool.eval.bench.plan import plan_table, show_plan
 from sctool.eval.bench.settings import Settings
 from sctool.eval.bench.show import show
@@ -135,6 +136,24 @@ def test_students_are_drawn_like_the_teacher_and_compared_with_its_images(distil
     sampled = json.loads((student / "sampling.json").read_text())
     assert sampled["base"]["id"] == str(students.student_folder(shop.run("half", 1)))
     assert sampled["tuners"] == []
+
+
+def test_students_are_measured_by_the_networks_of_their_teacher(
+    distilled: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where weights are missing, the embedded networks stand in for an embedded base, and so for its students."""
+    asked: list[str] = []
+
+    def choose(kind: str, *, base: str, **_: Any) -> None:
+        asked.append(base)
+        raise SctoolError("no features.")
+
+    monkeypatch.setattr("sctool.eval.sets.extraction.choose_features", choose)
+    shop, _ = distilled
+    again = Piece(tmp_path / "drawn.json", {})
+    with pytest.raises(SctoolError, match="no features"):
+        measuring.measure(shop, again, shop.run("half", 0).samples / "student", shop.out / "real.npz", ("fid",))
+    assert asked == [shop.settings.base]
 
 
 def test_a_second_call_does_nothing_again(
