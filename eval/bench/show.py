@@ -23,6 +23,9 @@ DIFFERENCES = "Seed by seed, minus the best mean"
 WIDE = 5
 """Figures beside each other in a terminal."""
 
+WHOLE_NAME = 20
+"""Characters of a row's name that a narrow terminal leaves in one piece."""
+
 
 class Section(NamedTuple):
     """One block of a table: its title, the figures that it shows, and the parameter counts beside them."""
@@ -43,7 +46,7 @@ def title(table: Table) -> str:
         "data": Path(training["data"]).name,
         "cond": ", ".join(training["cond"]),
     }
-    return f"{table.form.title.format(**shown)}: {training['steps']} steps of {images}, {seeds} seeds"
+    return f"{table.form.title.format(**shown)}: {training['steps']} steps of {images}, {seeds} seed{'s' * (seeds > 1)}"
 
 
 def sections(table: Table) -> list[Section]:
@@ -187,11 +190,17 @@ def _grid(
     console: Console, name: str, heads: Sequence[str], rows: Sequence[Row], cells: Callable[[Row], list[str]]
 ) -> None:
     grid = Grid(title=escape(name) if name else None, title_justify="left", box=box.SIMPLE_HEAD)
-    for text in ("", *heads):
-        grid.add_column(escape(text), justify="right" if text else "left", overflow="fold")
+    _columns(grid, heads, [row.name for row in rows])
     for row in rows:
         grid.add_row(escape(row.name), *cells(row))
     console.print(grid)
+
+
+def _columns(grid: Grid, heads: Sequence[str], names: Sequence[str]) -> None:
+    """The column of the rows' names, which breaks last in a narrow terminal, and one for each heading."""
+    grid.add_column("", overflow="fold", min_width=min(WHOLE_NAME, max(map(len, names))))
+    for text in heads:
+        grid.add_column(escape(text), justify="right", overflow="fold")
 
 
 def _figure_cell(table: Table, row: Row, key: str) -> str:
@@ -205,8 +214,7 @@ def _cell(value: str, span: str) -> str:
 
 def _paper(console: Console, paper: Paper) -> None:
     grid = Grid(title=escape(paper.title), title_justify="left", box=box.SIMPLE_HEAD)
-    for text in ("", *paper.columns):
-        grid.add_column(escape(text), justify="right" if text else "left", overflow="fold")
+    _columns(grid, paper.columns, list(paper.rows))
     for name, values in paper.rows.items():
         grid.add_row(escape(name), *map(escape, values))
     console.print(grid)
