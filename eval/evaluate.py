@@ -25,9 +25,18 @@ from .sets.references import References
 from .targets import SampleFolder, Target, find_target, read_image
 
 
-def evaluate(target: str | Path | None = None, options: Options | None = None, *, runs: str | Path = "runs") -> Results:
+def evaluate(
+    target: str | Path | None = None,
+    options: Options | None = None,
+    *,
+    runs: str | Path = "runs",
+    maps: Mapping[str, Any] | None = None,
+    base: str | None = None,
+) -> Results:
     """Measures a samples folder, a run, or the latest run. Draws a run's held-out samples first if it has none.
 
+    `maps` says how the hints' maps were made, by condition, for samples outside their run; a run's tuner file says it.
+    `base` stands for the samples' own base in the choice of networks: embedded ones measure embedded bases alone.
     Raises `UsageError` or `SctoolError` for what is missing; images that cannot be read are listed in the results.
     """
     options = options or Options()
@@ -35,17 +44,19 @@ def evaluate(target: str | Path | None = None, options: Options | None = None, *
     progress = Progress(options.quiet)
     found = find_target(target, runs, bare=not options.needs_metadata, task=options.task)
     samples = with_samples(found, options, progress)
-    return _Evaluation(samples, options, progress).run()
+    return _Evaluation(samples, options, progress, maps or {}, base).run()
 
 
 class _Evaluation:
     """One evaluation: which metrics apply, the models that they need, and the figures of each folder."""
 
-    def __init__(self, target: Target, options: Options, progress: Progress) -> None:
-        self.target, self.options, self.progress = target, options, progress
+    def __init__(
+        self, target: Target, options: Options, progress: Progress, maps: Mapping[str, Any], base: str | None
+    ) -> None:
+        self.target, self.options, self.progress, self.maps = target, options, progress, maps
         self.notes: list[str] = []
         self.device = best_device()
-        self.base = next((folder.base for folder in target.folders if folder.base), None)
+        self.base = base or next((folder.base for folder in target.folders if folder.base), None)
 
     def run(self) -> Results:
         """Measures every folder, then the costs."""
@@ -83,7 +94,7 @@ class _Evaluation:
         )
         if "clip" in names and (clip := self._try_or_skip(["clip"], self._clip)):
             measurements.append(clip)
-        measurements.append(Adherence(self.target, options, names, self.note))
+        measurements.append(Adherence(self.target, options, names, self.note, self.maps))
         return measurements
 
     def _references(self, extractor: Extractor, save: Path | None, store: bool) -> References:

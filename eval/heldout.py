@@ -56,16 +56,17 @@ def sample_heldout(
     offline: bool = False,
     out: Path | None = None,
     repeat: bool = False,
+    base: str | None = None,
 ) -> list[Path]:
     """Draws held-out captions with their hints into run/samples/<which>, or `out`/<which>; returns the folders.
 
     Of a run of several tasks, `run` is the part of one: run.of_task(NAME), with its samples in run/samples/NAME.
 
-    "base" draws with the untouched base (its hints are saved beside it for comparison), "tuned" with the trained tuner;
-    image i has seed + i in both. With `repeat`, captions are drawn again with further seeds where there are fewer than
-    `count`. Beside the folders, sheet.png shows some images side by side, and heldout.json records
-    how many were requested and drawn. Raises `SctoolError` if the run has no held-out data, and `UsageError` if its
-    data is gone.
+    "tuned" draws with the trained tuner; "base", and any other name, with the untouched base or `base` in its place
+    (hints are saved beside the images for comparison). Image i has seed + i in all. With `repeat`, captions are drawn
+    again with further seeds where there are fewer than `count`. Beside the folders, sheet.png shows some images side by
+    side, and heldout.json records how many were requested and drawn. Raises `SctoolError` if the run has no held-out
+    data, and `UsageError` if its data is gone.
     """
     from ..core.backbones.loading import load_backbone
     from ..core.checkpoint import load_tuner, read_meta
@@ -74,8 +75,8 @@ def sample_heldout(
 
     config = run.config
     _data_there(run)
-    backbone = load_backbone(config.base, device=best_device(), offline=offline)
-    backbone.classes = tuple(read_meta(run.tuner).get("classes", ()))
+    backbone = load_backbone(base or config.base, device=best_device(), offline=offline)
+    backbone.classes = tuple(read_meta(run.tuner).get("classes", ())) if run.tuner.is_file() else ()
     sampling = sampling or SampleConfig(guidance=config.guidance)
     size = sampling.size or config.size or backbone.resolution
     sampling = sampling.model_copy(update={"size": size})
@@ -85,7 +86,7 @@ def sample_heldout(
     folders, parent = [], out or run.samples
     (parent / COUNTS).unlink(missing_ok=True)
     for kind in which:
-        tuners = [] if kind == "base" else [load_tuner(run.tuner, backbone)]
+        tuners = [load_tuner(run.tuner, backbone)] if kind == "tuned" else []
         task = {"task": run.task} if run.task else {}
         used = [{"method": tuner.method, "run": run.name, **task, "scale": scale} for tuner in tuners]
         drawn = requests if tuners else [Request(request.prompt, request.seed) for request in requests]

@@ -19,10 +19,10 @@ from ..core.runs import Run
 STEPS = 2
 
 
-class _Bench:
-    """Base and tuned model on the same inputs."""
+class Bench:
+    """Base and tuned model on the same inputs; without a tuner, the base alone."""
 
-    def __init__(self, backbone: Any, tuner: Any, size: int, batch: int) -> None:
+    def __init__(self, backbone: Any, tuner: Any | None, size: int, batch: int) -> None:
         g = torch.Generator().manual_seed(0)
         side, channels = size // backbone.vae_scale, backbone.latent_channels
         self.backbone, self.tuner, self.denoiser = backbone, tuner, backbone.denoiser
@@ -32,7 +32,7 @@ class _Bench:
         sizes = backbone.family.size_rows(batch, size, device)
         self.text = {**backbone.encode_prompts([""] * batch), **sizes}
         edges = (torch.rand((batch, 3, size, size), generator=g) > 0.9).float().to(device)
-        self.hints = {name: edges for name in tuner.conditions} or None
+        self.hints = {name: edges for name in tuner.conditions} if tuner and tuner.conditions else None
         # Doubled tensors are created once: the hint is encoded again only for a different tensor.
         self.doubled = torch.cat([self.latents] * 2), torch.cat([self.t] * 2)
         self.doubled_text = {key: torch.cat([value] * 2) for key, value in self.text.items()}
@@ -92,7 +92,7 @@ def profile(
     backbone = load_backbone(config.base, device=device, offline=offline)
     tuner = load_tuner(run.tuner, backbone)
     size = config.size or backbone.resolution
-    bench = _Bench(backbone, tuner, size, batch)
+    bench = Bench(backbone, tuner, size, batch)
     models = {"base": False, "tuned": True}
     trains = {name: partial(bench.train, tuned) for name, tuned in models.items()}
     samplings = {name: partial(bench.sample, tuned) for name, tuned in models.items()}

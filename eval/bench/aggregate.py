@@ -1,4 +1,8 @@
-"""Figures over seeds: means with Student's t intervals, and which methods they tell apart."""
+"""Figures over seeds: means and paired differences with Student's t intervals, and which rows they tell apart.
+
+A seed decides data order, noise and drawn captions for all rows alike, so it moves all of them together. Rows are
+therefore compared by their differences seed by seed, whose interval is often much narrower than those of the means.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,14 @@ import numpy as np
 from scipy.stats import t as student
 
 from ..intervals import TAIL, Estimate
-from ..report.compare import winner
 from ..results import Figure
 from .settings import FEWEST_SEEDS
 
 INTERVAL = "95 % interval of the mean over seeds, Student's t"
+PAIRED = "95 % interval of the mean difference seed by seed, Student's t, each comparison by itself"
+
+Values = Mapping[int, float]
+"""One value per seed."""
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -28,19 +35,47 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, (mean - half, mean + half))
 
 
-def seed_figure(key: str, name: str, better: str, values: Mapping[int, float], protocol: Mapping[str, Any]) -> Figure:
-    """One figure of a method: the mean of its value with each seed, and its interval."""
+def seed_figure(key: str, name: str, better: str, values: Values, protocol: Mapping[str, Any]) -> Figure:
+    """One figure of a row: the mean of its value with each seed, and its interval."""
     mean, interval = over_seeds(list(values.values()))
     return Figure(key, name, mean, better, {**protocol, "interval": INTERVAL, "seeds": sorted(values)}, interval)
 
 
-def best(figures: Mapping[str, Figure]) -> str | None:
-    """The method whose interval is better than every other's and overlaps none; None where there is no such one."""
-    index, _ = winner(list(figures.values()))
-    return None if index is None else list(figures)[index]
+def difference(values: Values, reference: Values) -> Estimate | None:
+    """The mean of values - reference over the seeds that both have, and its interval; None where they share no seed."""
+    seeds = sorted(values.keys() & reference.keys())
+    return over_seeds([values[seed] - reference[seed] for seed in seeds]) if seeds else None
 
 
-def not_told_apart(figures: Mapping[str, Figure]) -> list[tuple[str, str]]:
-    """Pairs of methods whose intervals overlap; [] where there are no intervals."""
-    spans = {name: figure.interval for name, figure in figures.items() if figure.interval}
-    return [(a, b) for a, b in combinations(spans, 2) if spans[a][0] <= spans[b][1] and spans[b][0] <= spans[a][1]]
+def leader(rows: Mapping[str, Values], better: str) -> str | None:
+    """The row with the best mean; None without rows, or where neither direction is better."""
+    if not rows or not better:
+        return None
+    sign = 1 if better == "lower" else -1
+    return min(rows, key=lambda name: sign * over_seeds(list(rows[name].values())).value)
+
+
+def best(rows: Mapping[str, Values], better: str) -> str | None:
+    """The leader where every other row's paired difference to it is worse beyond its interval; else None."""
+    first = leader(rows, better)
+    if first is None or len(rows) < 2:
+        return None
+    others = [difference(values, rows[first]) for name, values in rows.items() if name != first]
+    return first if all(one is not None and _worse(one, better) for one in others) else None
+
+
+def _worse(found: Estimate, better: str) -> bool:
+    """Whether a difference is on the worse side with its whole interval."""
+    if found.interval is None:
+        return False
+    return found.interval[0] > 0 if better == "lower" else found.interval[1] < 0
+
+
+def not_told_apart(rows: Mapping[str, Values]) -> list[tuple[str, str]]:
+    """Pairs of rows whose paired difference may be zero by its interval; [] where there are no intervals."""
+    pairs = []
+    for a, b in combinations(rows, 2):
+        found = difference(rows[a], rows[b])
+        if found and found.interval and found.interval[0] <= 0 <= found.interval[1]:
+            pairs.append((a, b))
+    return pairs

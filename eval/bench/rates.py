@@ -1,4 +1,4 @@
-"""Each method's own learning rate: the rate with the lowest held-out loss in runs on a seed that the table lacks."""
+"""Each arm's own learning rate: the rate with the lowest held-out loss in runs on a seed that the table lacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .workshop import Workshop
 
 @dataclass(frozen=True)
 class Tuned:
-    """The rates tried for one method, each with its held-out loss (infinite where it diverged), and the one chosen."""
+    """The rates tried for one arm, each with its held-out loss (infinite where it diverged), and the one chosen."""
 
     losses: Mapping[float, float]
 
@@ -36,27 +36,27 @@ class Tuned:
         return {"chosen": self.rate, "tried": tried}
 
 
-def rate_configs(settings: Settings) -> list[TrainConfig]:
-    """The runs that choose learning rates, method by method."""
-    return [
-        settings.config(method, RATE_SEED, lr=rate, steps=settings.rate_steps)
-        for method in settings.tuned
+def rate_configs(settings: Settings) -> dict[tuple[str, float], TrainConfig]:
+    """The runs that choose learning rates, by arm and rate."""
+    return {
+        (arm, rate): settings.config(arm, RATE_SEED, lr=rate, steps=settings.rate_steps)
+        for arm in settings.tuned
         for rate in settings.rates
-    ]
+    }
 
 
 def tune_rates(shop: Workshop) -> dict[str, Tuned]:
-    """Trains and compares the rates of every method that has none of its own.
+    """Trains and compares the rates of every arm that has none of its own.
 
-    Raises `SctoolError` for a method that diverged at every rate.
+    Raises `SctoolError` for an arm that diverged at every rate.
     """
     losses: dict[str, dict[float, float]] = {}
-    for config in rate_configs(shop.settings):
-        assert config.lr is not None
-        shop.progress.note(f"trying {config.method} at learning rate {config.lr:g}")
-        result = train_run(shop, shop.rate_run(config), config)
-        losses.setdefault(config.method, {})[config.lr] = result.get("loss", math.inf)
-    for method, tried in losses.items():
+    for (arm, rate), config in rate_configs(shop.settings).items():
+        shop.progress.note(f"trying {arm} at learning rate {rate:g}")
+        result = train_run(shop, shop.rate_run(arm, rate), config)
+        losses.setdefault(arm, {})[rate] = result.get("loss", math.inf)
+    for arm, tried in losses.items():
         if not any(map(math.isfinite, tried.values())):
-            raise SctoolError(f"{method} diverged at every rate of --rates; add smaller ones, or --lr {method}=RATE.")
-    return {method: Tuned(tried) for method, tried in losses.items()}
+            own = shop.settings.arms[arm].own
+            raise SctoolError(f"{arm} diverged at every rate of --rates; add smaller ones, or --lr {own}=RATE.")
+    return {arm: Tuned(tried) for arm, tried in losses.items()}

@@ -1,4 +1,4 @@
-"""The real images that all methods are compared with: the whole set, whatever the split, as the trainer crops it."""
+"""The real images that all rows are compared with: the whole set, whatever the split, as the trainer crops it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..sets.extraction import metrics_by_extractor
 from ..sets.frechet import FrechetStats
 from ..sets.references import References
 from ..targets import digest
+from .measuring import options
 from .pieces import Piece
-from .running import distance_options
 from .workshop import Workshop
 
 IMAGES = "all images of the set, training and held out"
@@ -26,16 +26,15 @@ def real_statistics(shop: Workshop) -> Path:
     The features are those that `sctool evaluate --fid` takes for this base.
     """
     path = shop.out / "real.npz"
-    config = shop.settings.config(shop.settings.methods[0], 0)
+    config, how = shop.settings.first, shop.settings.measuring
     stamps = digest([(record.key, record.image.stamp()) for record in shop.source])
 
     def work() -> dict[str, Any]:
         shop.progress.note("measuring the real images")
-        return {"n": _measure(shop, config.base, path)}
+        return {"n": _measure(shop, shop.settings.base, path)}
 
-    settings = shop.settings
-    identity = {"base": config.base, "data": config.data, "size": shop.size, "set": stamps}
-    identity |= {"features": settings.features, "weights": settings.weights}
+    identity = {"base": shop.settings.base, "data": config.data, "size": shop.size, "set": stamps}
+    identity |= {"features": how.features, "weights": how.weights}
     piece = Piece(shop.out / "real.json", identity)
     if not path.is_file():
         piece.path.unlink(missing_ok=True)
@@ -44,10 +43,9 @@ def real_statistics(shop: Workshop) -> Path:
 
 
 def _measure(shop: Workshop, base: str, path: Path) -> int:
-    options = distance_options(shop, quiet=shop.quiet)
-    note = shop.progress.note
+    asked, note = options(shop, ("fid",), quiet=shop.quiet), shop.progress.note
     (metrics,) = metrics_by_extractor(
-        {"fid"}, options, base, shop.device, lambda names, work: work(), note,
+        {"fid"}, asked, base, shop.device, lambda names, work: work(), note,
         lambda extractor, save, store: References(extractor, None, None, shop.progress),
     )  # fmt: skip
     extractor, geometry, records = metrics.extractor, Geometry(shop.size), list(shop.source)

@@ -1,25 +1,25 @@
-"""One run of a table in three pieces, each skipped where it is done: training, drawing, measuring."""
+"""One run of a table in pieces, each skipped where it is done: training, drawing, measuring."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...core.config import TrainConfig
 from ...core.errors import Diverged, SctoolError
-from ...core.files import sha256
 from ...core.runs import FREE_KEYS, Run, open_run
-from ..evaluate import evaluate
 from ..heldout import sample_heldout
-from ..options import Options
 from .pieces import Piece
 from .workshop import Workshop
 
 FOLDER = "bench"
 """Where a run keeps the results of its pieces."""
+BASE = "base"
+"""The name of the folders of images that an untouched base drew."""
 
 
 def training_piece(run: Run, config: TrainConfig) -> Piece:
@@ -46,12 +46,10 @@ def _train(shop: Workshop, run: Run, config: TrainConfig) -> dict[str, Any]:
 
 
 def _train_to_the_end(shop: Workshop, run: Run, config: TrainConfig) -> None:
-    from ...core.training.train import train
-
     open_run(run.path.parent, run.name, config)
     with run.locked():
         try:
-            train(config, run, shop.source, held_out=shop.held_out, offline=shop.offline, quiet=shop.quiet)
+            shop.work.train(run, config)
         except SctoolError:
             run.discard_if_untrained()
             raise
@@ -69,15 +67,58 @@ def held_out_loss(run: Run, step: int) -> float | None:
     return next((row["val/loss"] for row in reversed(log_rows(run)) if row["step"] == step and "val/loss" in row), None)
 
 
-# --------------------------------------------------------------------------------------------- drawing, measuring
+# --------------------------------------------------------------------------------------------------------- drawing
 
 
-def drawing_piece(shop: Workshop, run: Run, seed: int, kind: str, results: Path) -> Piece:
-    """The drawing of `count` held-out captions with a trained run's "tuned" model, or with its "base": {"seconds"}."""
-    settings, config = shop.settings, run.config
-    base = {"base": config.base, "data": config.data, "val_data": config.val_data, "caption": config.caption}
+def drawing_piece(shop: Workshop, run: Run, seed: int) -> Piece:
+    """The drawing of `count` held-out captions with what a run trained: {"seconds"}."""
+    return _drawing(shop, seed, shop.work.result(run), run.path / FOLDER)
+
+
+def drawn_images(shop: Workshop, run: Run) -> Path:
+    """The folder of the images that were drawn with what a run trained."""
+    return run.samples / shop.settings.form.drawn
+
+
+def draw_run(shop: Workshop, run: Run, seed: int) -> Piece:
+    """Draws with what a run trained; returns the piece, done."""
+    piece = drawing_piece(shop, run, seed)
+    piece.do(_timed(lambda: shop.work.draw(run, run.samples, seed)))
+    return piece
+
+
+def base_drawing_piece(shop: Workshop, name: str, seed: int, run: Run) -> Piece:
+    """The drawing of the same captions and seeds with an untouched base; `run` is any run on it of the seed."""
+    config = run.config
+    model = {
+        "base": shop.settings.bases[name],
+        "data": config.data,
+        "val_data": config.val_data,
+        "caption": config.caption,
+    }
+    model |= {"cond": list(config.cond), "maps": config.maps} if config.cond else {}
+    return _drawing(shop, seed, model, shop.base_images(name, seed))
+
+
+def draw_base(shop: Workshop, name: str, seed: int, run: Run) -> Piece:
+    """Draws with an untouched base, by the name of its row, for the seed; returns the piece, done."""
+    settings, folder = shop.settings, shop.base_images(name, seed)
+
+    def draw() -> None:
+        sample_heldout(
+            run, count=settings.count, sampling=settings.sampling, seed=settings.first_image(seed), which=(BASE,),
+            quiet=shop.quiet, offline=shop.offline, out=folder, repeat=True, base=settings.bases[name],
+        )  # fmt: skip
+
+    piece = base_drawing_piece(shop, name, seed, run)
+    piece.do(_timed(draw))
+    return piece
+
+
+def _drawing(shop: Workshop, seed: int, model: Any, results: Path) -> Piece:
+    settings = shop.settings
     identity = {
-        "model": base if kind == "base" else sha256(run.tuner),
+        "model": model,
         "count": settings.count,
         "first_seed": settings.first_image(seed),
         "sampling": settings.sampling.model_dump(mode="json"),
@@ -85,57 +126,10 @@ def drawing_piece(shop: Workshop, run: Run, seed: int, kind: str, results: Path)
     return Piece(results / "drawn.json", identity)
 
 
-def draw(shop: Workshop, run: Run, seed: int, kind: str, parent: Path, results: Path) -> Piece:
-    """Draws with the "base" or the "tuned" model of `run` into parent/kind; returns the piece, done."""
-    settings = shop.settings
-
-    def work() -> dict[str, Any]:
+def _timed(work: Callable[[], None]) -> Callable[[], dict[str, Any]]:
+    def timed() -> dict[str, Any]:
         began = time.perf_counter()
-        sample_heldout(
-            run, count=settings.count, sampling=settings.sampling, seed=settings.first_image(seed), which=(kind,),
-            quiet=shop.quiet, offline=shop.offline, out=parent, repeat=True,
-        )  # fmt: skip
+        work()
         return {"seconds": time.perf_counter() - began}
 
-    piece = drawing_piece(shop, run, seed, kind, results)
-    piece.do(work)
-    return piece
-
-
-def distance_options(shop: Workshop, *, reference: str | None = None, quiet: bool) -> Options:
-    """How `sctool evaluate --fid` is asked for the table's distance."""
-    settings = shop.settings
-    return Options(
-        metrics=("fid",), features=settings.features, weights=settings.weights, reference=reference,
-        offline=shop.offline, quiet=quiet,
-    )  # fmt: skip
-
-
-def measure(shop: Workshop, drawn: Piece, samples: Path, real: Path) -> dict[str, Any]:
-    """The Fréchet distance of the images in `samples` to the statistics `real`: its figure and the notes on it."""
-
-    def work() -> dict[str, Any]:
-        results = evaluate(samples, distance_options(shop, reference=str(real), quiet=True))
-        figure = results.folders[0].figures[0]
-        described = {"key": figure.key, "name": figure.name, "value": figure.value, "better": figure.better}
-        return {**described, "protocol": figure.protocol, "notes": results.notes}
-
-    identity = {"drawn": drawn.identity, "reference_sha256": sha256(real), "features": shop.settings.features}
-    return Piece(drawn.path.parent / "measured.json", identity).do(work)
-
-
-def measured_run(shop: Workshop, run: Run, seed: int, real: Path) -> dict[str, Any]:
-    """Draws with a trained run and measures the images."""
-    results = run.path / FOLDER
-    return measure(shop, draw(shop, run, seed, "tuned", run.samples, results), run.samples / "tuned", real)
-
-
-def base_folder(shop: Workshop, seed: int) -> Path:
-    """The untouched base's images for the seed."""
-    return shop.out / "base" / f"seed{seed}"
-
-
-def measured_base(shop: Workshop, run: Run, seed: int, real: Path) -> dict[str, Any]:
-    """Draws the same captions and seeds with the untouched base; `run` is any trained run of the seed."""
-    folder = base_folder(shop, seed)
-    return measure(shop, draw(shop, run, seed, "base", folder, folder), folder / "base", real)
+    return timed

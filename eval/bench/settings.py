@@ -1,16 +1,18 @@
-"""What a table compares: methods, one budget for all of them, seeds, and how images are drawn. Imports no torch."""
+"""What a table compares: arms, one budget for all of them, seeds, and how images are drawn. Imports no torch."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ...core.config import SampleConfig, TrainConfig, resolve_config
-from ...core.errors import UsageError, unknown
-from ...core.tuners import TUNERS, find_method, method_config, with_learning_rate
+from ...core.errors import UsageError
 from ..features.names import named_weights
+from .form import Arm, Form
 
 FEWEST_SEEDS = 3
 """Seeds below which there is no interval."""
@@ -18,30 +20,30 @@ RATE_SEED = 1000
 """The seed of the runs that choose a learning rate: never one of the table's."""
 VALIDATIONS = 5
 """Points of a held-out loss curve."""
-OWN = ("tuner", "lr", "weight_decay", "betas", "max_grad_norm", "schedule", "warmup", "ema")
-"""Settings that may differ between methods; all others decide the budget or the data and are the same for all."""
-SET_HERE = {
-    "method": "name methods with --methods",
-    "seed": "their number is --seeds",
-    "lr": "learning rates belong to methods: --lr METHOD=RATE",
-    "tuner": "a method's settings are written METHOD:tuner.KEY=VALUE",
-    "cond": "this table adapts without condition maps",
-    "init": "every method starts from the untouched base",
-    "validate_every": "the held-out loss is always measured at the end",
-    "sample_every": "images are drawn after training, --count of them",
-}
-"""Settings that the table decides, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How images are measured, as the flags of these names of `sctool evaluate`."""
+
+    features: str = "auto"
+    weights: tuple[str, ...] = ()
+    clip_model: str | None = None
+    clip_weights: str | None = None
+    evaluators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The methods of a table and everything that decides their runs.
+    """The arms of a table and everything that decides their runs.
 
     `flags` and `pairs` are settings of all runs, `own` those of single methods, as `core.config` reads them. `rates`
-    are the learning rates tried for each method first, in runs of `rate_steps` steps (None: as long as the others).
+    are the learning rates tried for each arm first, in runs of `rate_steps` steps (None: as long as the others).
     """
 
-    methods: tuple[str, ...]
+    form: Form
+    arms: Mapping[str, Arm]
+    """By name, in the table's order."""
     seeds: int
     flags: Mapping[str, Any]
     pairs: tuple[str, ...]
@@ -51,27 +53,41 @@ class Settings:
     rate_steps: int | None
     count: int
     sampling: SampleConfig
-    features: str = "auto"
-    """Features of the Fréchet distance, as `sctool evaluate --features` takes them."""
-    weights: tuple[str, ...] = ()
-    """Their weights, as `sctool evaluate --weights` takes them."""
+    measuring: Measuring = Measuring()
 
-    def config(self, method: str, seed: int, lr: float | None = None, steps: int | None = None) -> TrainConfig:
-        """The run of `method` with `seed`; at rate `lr` where given, else at the method's given or usual rate."""
-        flags = {**self.flags, "method": method, "seed": seed, "lr": self.lr.get(method), "sample_every": 0, "keep": 1}
-        pairs = [*self.pairs, *self.own.get(method, ())]
-        config = resolve_config(TrainConfig, flags=flags, pairs=pairs)
+    def config(self, arm: str, seed: int, lr: float | None = None, steps: int | None = None) -> TrainConfig:
+        """The run of an arm with `seed`; at rate `lr` where given, else at the arm's given or usual rate."""
+        one = self.arms[arm]
+        flags = {**self.flags, "seed": seed, "lr": self.lr.get(one.own), "sample_every": 0, "keep": 1}
+        pairs = [*self.pairs, *self.form.recipe(one.own), *self.own.get(one.own, ())]
+        config = self.form.config(one, flags, pairs)
         update: dict[str, Any] = {"steps": steps or config.steps}
         update["validate_every"] = math.ceil(update["steps"] / VALIDATIONS)
         if lr is not None:
             update["lr"] = lr
-        return with_learning_rate(config.model_copy(update=update))
+        return config.model_copy(update=update)
+
+    @property
+    def first(self) -> TrainConfig:
+        """The first arm's run with seed 0, for what is the same in all runs."""
+        return self.config(next(iter(self.arms)), 0)
+
+    @property
+    def base(self) -> str:
+        """The first base: it decides what is the same for all."""
+        return next(iter(self.arms.values())).base
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """The bases by what they are called in the table: the form's word where there is one, else ends of paths."""
+        bases = list(dict.fromkeys(arm.base for arm in self.arms.values()))
+        return {self.form.base: bases[0]} if len(bases) == 1 else dict(zip(short_names(bases), bases, strict=True))
 
     @property
     def tuned(self) -> tuple[str, ...]:
-        """The methods whose learning rate is chosen among `rates`: those without one of their own."""
-        given = {*self.lr, *(method for method, pairs in self.own.items() if any(p.startswith("lr=") for p in pairs))}
-        return tuple(method for method in self.methods if method not in given) if self.rates else ()
+        """The arms whose learning rate is chosen among `rates`: those without one of their own."""
+        given = {*self.lr, *(name for name, pairs in self.own.items() if any(p.startswith("lr=") for p in pairs))}
+        return tuple(name for name, arm in self.arms.items() if arm.own not in given) if self.rates else ()
 
     def first_image(self, seed: int) -> int:
         """The seed of the first image drawn with the model of `seed`: no two seeds share an image's noise."""
@@ -79,8 +95,10 @@ class Settings:
 
 
 def make_settings(
+    form: Form,
     *,
-    methods: Sequence[str],
+    names: Sequence[str],
+    bases: Sequence[str] = ("mini",),
     seeds: int,
     flags: Mapping[str, Any],
     pairs: Sequence[str] = (),
@@ -90,20 +108,19 @@ def make_settings(
     count: int = 200,
     sample_steps: int | None = None,
     guidance: float | None = None,
-    features: str = "auto",
-    weights: Sequence[str] = (),
+    measuring: Measuring | None = None,
 ) -> Settings:
-    """The settings that a command line means; every method's configuration is validated.
+    """The settings that a command line means; every arm's configuration is validated.
 
-    `lr` holds METHOD=RATE, `pairs` KEY=VALUE for all runs and METHOD:KEY=VALUE for one method's. Raises `UsageError`
-    for unknown methods and keys, for settings that would make a comparison unfair, and for rates without use.
+    names: methods, or whatever the form's arms are called. `lr` holds METHOD=RATE, `pairs` KEY=VALUE for all runs and
+    METHOD:KEY=VALUE for one method's. Raises `UsageError` for unknown names and keys, for settings that would make a
+    comparison unfair, and for rates without use.
     """
-    if not methods:
-        raise UsageError("--methods names no method, e.g. --methods full,scedit.")
-    if twice := {name for name in methods if list(methods).count(name) > 1}:
-        raise UsageError(f"--methods names {', '.join(sorted(twice))} twice.")
-    for name in methods:
-        find_method(name)
+    measuring = measuring or Measuring()
+    _check_list(names, f"--{form.arms}", form.example)
+    _check_list(bases, "--base", "mini")
+    shared, own = _sorted_pairs(form, pairs, names)
+    form.check_names(names, own)
     if not 1 <= seeds <= RATE_SEED:
         raise UsageError(f"--seeds {seeds}: give 1 to {RATE_SEED}; {FEWEST_SEEDS} or more for intervals.")
     if count < 2:
@@ -112,45 +129,78 @@ def make_settings(
         raise UsageError("--rate-steps is the length of the runs that --rates makes; add --rates, or leave it out.")
     if wrong := [rate for rate in rates if not rate > 0]:
         raise UsageError(f"--rates {wrong[0]:g}: a learning rate is more than 0.")
-    named_weights(weights, features)
-    shared, own = _sorted_pairs(pairs, methods)
-    given = dict(_rate(text, methods) for text in lr)
-    first = resolve_config(TrainConfig, flags=dict(flags), pairs=shared)
-    guidance = first.guidance if guidance is None else guidance
-    sampling = resolve_config(SampleConfig, flags={"steps": sample_steps, "guidance": guidance})
+    named_weights(measuring.weights, measuring.features)
+    given = dict(_rate(form, text, names) for text in lr)
     settings = Settings(
-        tuple(methods), seeds, dict(flags), tuple(shared), own, given, tuple(sorted(set(rates))), rate_steps, count,
-        sampling, features, tuple(weights),
+        form, make_arms(names, bases), seeds, dict(flags), tuple(shared), own, given, tuple(sorted(set(rates))),
+        rate_steps, count, SampleConfig(), measuring,
     )  # fmt: skip
-    for method in methods:
-        config = settings.config(method, 0)
-        method_config(method, config.tuner)
+    for arm in settings.arms:
+        form.check_config(settings.config(arm, 0))
     if rates and not settings.tuned:
         raise UsageError("--rates has no use: every method has a learning rate by --lr. Leave one of them out.")
-    return settings
+    guidance = settings.first.guidance if guidance is None else guidance
+    sampling = resolve_config(SampleConfig, flags={"steps": sample_steps, "guidance": guidance})
+    return replace(settings, sampling=sampling)
 
 
-def _sorted_pairs(pairs: Sequence[str], methods: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+def make_arms(names: Sequence[str], bases: Sequence[str]) -> dict[str, Arm]:
+    """An arm for each name on each base; with several bases it is called "NAME on BASE".
+
+    Run folders of the first base do not name it, so that adding a base keeps the runs that are there.
+    """
+    arms: dict[str, Arm] = {}
+    for label, base in zip(short_names(bases), bases, strict=True):
+        for name in names:
+            shown = f"{name} on {label}" if len(bases) > 1 else name
+            folder = name if base == bases[0] else f"{name}@{folder_name(label)}"
+            arms[shown] = Arm(shown, name, base, folder)
+    return arms
+
+
+def short_names(bases: Sequence[str]) -> list[str]:
+    """The shortest ends of the bases' paths, of equally many parts, that tell them apart."""
+    parts = [Path(base).parts for base in bases]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(bases)
+
+
+def folder_name(name: str) -> str:
+    """A name as that of one folder."""
+    return re.sub(r"[^\w.@-]+", "-", name).strip("-")
+
+
+def _check_list(values: Sequence[str], flag: str, example: str) -> None:
+    if not values:
+        what = flag.removeprefix("--").removesuffix("s")
+        raise UsageError(f"{flag} names no {what}, e.g. {flag} {example}.")
+    if twice := {value for value in values if list(values).count(value) > 1}:
+        raise UsageError(f"{flag} names {', '.join(sorted(twice))} twice.")
+
+
+def _sorted_pairs(
+    form: Form, pairs: Sequence[str], names: Sequence[str]
+) -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """The pairs of all runs, and those of single methods without the method's name."""
     shared: list[str] = []
     own: dict[str, tuple[str, ...]] = {}
     for pair in pairs:
         name, colon, key = pair.partition("=")[0].rpartition(":")
         if not colon:
-            if reason := SET_HERE.get(key.split(".")[0]):
+            if reason := form.refused.get(key.split(".")[0]):
                 raise UsageError(f"{pair} cannot be set for all runs: {reason}.")
             shared.append(pair)
             continue
-        _among(name, methods, pair)
-        if key.split(".")[0] not in OWN:
-            raise UsageError(
-                f"{pair}: only {', '.join(OWN)} may differ between methods. For all of them: {pair[len(name) + 1 :]}"
-            )
+        form.refuse_unknown(name, names, pair)
+        form.check_own(pair, name, key.split(".")[0])
         own[name] = (*own.get(name, ()), pair.removeprefix(f"{name}:"))
     return shared, own
 
 
-def _rate(text: str, methods: Sequence[str]) -> tuple[str, float]:
+def _rate(form: Form, text: str, names: Sequence[str]) -> tuple[str, float]:
     """METHOD=RATE."""
     name, equals, value = text.partition("=")
     try:
@@ -158,14 +208,6 @@ def _rate(text: str, methods: Sequence[str]) -> tuple[str, float]:
     except ValueError:
         rate = math.nan
     if not equals or not rate > 0:
-        raise UsageError(f"--lr {text} is not METHOD=RATE with a rate above 0, e.g. --lr {methods[0]}=1e-4.")
-    _among(name, methods, f"--lr {text}")
+        raise UsageError(f"--lr {text} is not METHOD=RATE with a rate above 0, e.g. --lr {names[0]}=1e-4.")
+    form.refuse_unknown(name, names, f"--lr {text}")
     return name, rate
-
-
-def _among(name: str, methods: Sequence[str], where: str) -> None:
-    """Raises `UsageError` for a method that is not in the table."""
-    if name not in TUNERS:
-        raise unknown("method", name, methods, f" It is in '{where}'.")
-    if name not in methods:
-        raise UsageError(f"{where}: {name} is not among --methods {','.join(methods)}.")

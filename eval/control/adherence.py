@@ -26,14 +26,22 @@ EVALUATOR = "--evaluator"
 class Adherence:
     """The conditions of a target that are measured, each with what extracts it from an image."""
 
-    def __init__(self, target: Target, options: Options, metrics: set[str], note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        target: Target,
+        options: Options,
+        metrics: set[str],
+        note: Callable[[str], None],
+        maps: Mapping[str, Any] | None = None,
+    ) -> None:
         """Measures the conditions of those of `metrics` that are control metrics.
 
+        `maps` says how maps were made where the target has no run that says it.
         Missing weights are an error for conditions that a metric like --nmse requested by name, for given evaluators,
         and for --control where no other condition is left; otherwise the condition is skipped with a note.
         Raises `UsageError` for an evaluator whose condition is unknown or not measured.
         """
-        self.target, self.note, self.map_settings = target, note, _map_settings(target)
+        self.target, self.note, self.map_settings = target, note, _map_settings(target) or maps or {}
         given = {a.name: a for a in make_annotators(options.evaluators, flag=EVALUATOR)} if options.evaluators else {}
         present = {cond for row in target.rows for cond in row.get("hints") or {}}
         measured = sorted(present & set().union(*(conditions_of(CONTROL[name]) for name in metrics & CONTROL.keys())))

@@ -9,7 +9,7 @@ import pytest
 
 from sctool.core.errors import UsageError
 from sctool.core.tuners import TUNERS
-from sctool.eval.bench.settings import RATE_SEED, Settings
+from sctool.eval.bench.settings import RATE_SEED, Measuring, Settings
 
 Make = Callable[..., Settings]
 SAME = {"method", "tuner", "lr", "seed"}
@@ -48,9 +48,9 @@ def test_images_of_two_seeds_share_no_noise(make: Make) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"methods": ("full", "scedti")}, "Did you mean 'scedit'?"),
-        ({"methods": ("full", "full")}, "full twice"),
-        ({"methods": ()}, "names no method"),
+        ({"names": ("full", "scedti")}, "Did you mean 'scedit'?"),
+        ({"names": ("full", "full")}, "full twice"),
+        ({"names": ()}, "names no method"),
         ({"seeds": 0}, "--seeds 0"),
         ({"seeds": RATE_SEED + 1}, "--seeds 1001"),
         ({"count": 1}, "--count 1"),
@@ -61,7 +61,7 @@ def test_images_of_two_seeds_share_no_noise(make: Make) -> None:
         ({"pairs": ("scedit:batch=4",)}, "For all of them: batch=4"),
         ({"pairs": ("scedti:tuner.ratio=1",)}, "Did you mean 'scedit'?"),
         ({"pairs": ("scedit:tuner.ratoi=1",)}, "Did you mean 'ratio'?"),
-        ({"methods": ("full",), "pairs": ("scedit:tuner.ratio=1",)}, "not among --methods full"),
+        ({"names": ("full",), "pairs": ("scedit:tuner.ratio=1",)}, "not among --methods full"),
         ({"pairs": ("stps=3",)}, "Did you mean 'steps'?"),
         ({"lr": ("scedit",)}, "METHOD=RATE"),
         ({"lr": ("scedit=fast",)}, "METHOD=RATE"),
@@ -69,7 +69,7 @@ def test_images_of_two_seeds_share_no_noise(make: Make) -> None:
         ({"rates": (0.0,)}, "more than 0"),
         ({"rate_steps": 5}, "add --rates"),
         ({"rates": (1e-3,), "lr": ("full=1", "scedit=1")}, "--rates has no use"),
-        ({"features": "resnet"}, "--features"),
+        ({"measuring": Measuring("resnet")}, "--features"),
     ],
 )  # fmt: skip
 def test_what_is_refused(make: Make, more: dict[str, Any], said: str) -> None:

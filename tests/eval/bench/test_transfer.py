@@ -15,17 +15,20 @@ import torch
 from sctool.core.errors import Diverged, DoesNotFit, SctoolError, UsageError
 from sctool.core.runs import Run
 from sctool.core.training.objective import DiffusionObjective
-from sctool.eval.bench import running
+from sctool.eval.bench import running, tuner_work
+from sctool.eval.bench.collecting import chosen_configs, make_table
 from sctool.eval.bench.page import write_page
-from sctool.eval.bench.plan import plan_transfer, show_plan
+from sctool.eval.bench.papers import DIFFSCALER_TRANSFER
+from sctool.eval.bench.plan import plan_table, show_plan
 from sctool.eval.bench.rates import Tuned, tune_rates
-from sctool.eval.bench.settings import RATE_SEED, Settings, make_settings
+from sctool.eval.bench.settings import RATE_SEED, Measuring, Settings, make_settings
 from sctool.eval.bench.show import below, count, show
-from sctool.eval.bench.transfer import PAPER, TransferTable, chosen_configs, transfer
+from sctool.eval.bench.table import COSTS, Table
+from sctool.eval.bench.transfer import Transfer
 from sctool.eval.bench.workshop import Workshop, open_workshop
 
 Make = Callable[..., Settings]
-Finished = tuple[Workshop, TransferTable]
+Finished = tuple[Workshop, Table]
 
 
 @pytest.fixture
@@ -45,7 +48,8 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr("sctool.core.training.train.train", refuse)
     monkeypatch.setattr(running, "sample_heldout", refuse)
-    monkeypatch.setattr("sctool.eval.bench.transfer.measure_costs", refuse)
+    monkeypatch.setattr(tuner_work, "sample_heldout", refuse)
+    monkeypatch.setattr("sctool.eval.bench.tuner_work.measure_costs", refuse)
     return begun
 
 
@@ -69,8 +73,10 @@ def test_every_method_has_its_figures_over_the_seeds(finished: Finished) -> None
     full, scedit = table.rows
     assert full.parameters["trainable"] == full.parameters["base"] == full.parameters["total"]
     assert scedit.parameters["total"] == scedit.parameters["base"] + scedit.parameters["trainable"]
-    assert table.base.figures.keys() == {"distance"}
-    assert table.base.parameters["trainable"] == 0
+    (base,) = table.bases
+    assert base.name == "base"
+    assert base.figures.keys() == {"distance", "sample_step_s"}
+    assert base.parameters["trainable"] == 0
     assert full.figures["distance"].name == "FD (mini features)"
     assert len(json.loads((shop.out / "real.json").read_text())["identity"]) == 6
     assert json.loads((shop.out / "real.json").read_text())["result"] == {"n": 12}
@@ -80,7 +86,7 @@ def test_captions_are_repeated_with_new_seeds(finished: Finished) -> None:
     """Three images are held out, four are drawn."""
     shop, _ = finished
     for seed in range(3):
-        run = shop.run(shop.settings.config("full", seed))
+        run = shop.run("full", seed)
         rows = [json.loads(line) for line in (run.samples / "tuned" / "metadata.jsonl").read_text().splitlines()]
         assert [row["prompt"] for row in rows] == ["picture 3", "picture 7", "picture 11", "picture 3"]
         assert [row["seed"] for row in rows] == list(range(4 * seed, 4 * seed + 4))
@@ -98,8 +104,11 @@ def test_the_json_object(finished: Finished) -> None:
     assert content["protocol"]["seeds"] == [0, 1, 2]
     assert content["protocol"]["reference"] == "all images of the set, training and held out"
     assert not {"seed", "method", "lr"} & content["protocol"]["training"].keys()
-    assert content["paper"]["fid"]["DiffScaler"] == ["48.7M", 20.19, 18.07, 15.13, 51.46]
-    assert "not comparable" in content["paper"]["note"]
+    assert content["bases"].keys() == {"base"}
+    assert content["differences"]["distance"]["reference"] in ("full", "scedit")
+    (paper,) = content["papers"]
+    assert paper["rows"]["DiffScaler"] == ["48.7M", "20.19", "18.07", "15.13", "51.46"]
+    assert "not comparable" in paper["note"]
 
 
 def test_the_page_and_the_terminal_show_every_row(
@@ -109,7 +118,7 @@ def test_the_page_and_the_terminal_show_every_row(
     page = write_page(table, copied).read_text()
     show(table)
     printed = capsys.readouterr().out
-    for name in ("base", "full", "scedit", *PAPER):
+    for name in ("base", "full", "scedit", *DIFFSCALER_TRANSFER.rows):
         assert f'<th scope="row">{name}</th>' in page
         assert name in printed
     for text in ("not comparable with the figures above", "FD (mini features) ↓"):
@@ -142,9 +151,9 @@ def test_a_seed_sees_the_same_data_and_noise_with_every_method(
 
     monkeypatch.setattr(DiffusionObjective, "__call__", recording)
     shop = open_workshop(make(seeds=2), tmp_path, quiet=True)
-    for config in chosen_configs(shop, {}).values():
-        current[0] = shop.run(config).name
-        running.train_run(shop, shop.run(config), config)
+    for (arm, seed), config in chosen_configs(shop, {}).items():
+        current[0] = shop.run(arm, seed).name
+        running.train_run(shop, shop.run(arm, seed), config)
     assert seen.keys() == {"full-seed0", "scedit-seed0", "full-seed1", "scedit-seed1"}
     for seed in (0, 1):
         ours, theirs = seen[f"full-seed{seed}"], seen[f"scedit-seed{seed}"]
@@ -156,7 +165,7 @@ def test_a_seed_sees_the_same_data_and_noise_with_every_method(
 def test_base_and_methods_draw_the_same_captions_from_the_same_noise(finished: Finished) -> None:
     shop, _ = finished
     for seed in range(3):
-        folders = [shop.run(shop.settings.config(m, seed)).samples / "tuned" for m in shop.settings.methods]
+        folders = [shop.run(arm, seed).samples / "tuned" for arm in shop.settings.arms]
         tables = [
             [
                 {key: value for key, value in json.loads(line).items() if key in ("prompt", "seed", "key")}
@@ -168,12 +177,12 @@ def test_base_and_methods_draw_the_same_captions_from_the_same_noise(finished: F
 
 
 def test_figures_that_were_measured_differently_are_refused(copied: Workshop) -> None:
-    file = copied.run(copied.settings.config("full", 1)).path / "bench" / "measured.json"
+    file = copied.run("full", 1).path / "bench" / "measured.json"
     content = json.loads(file.read_text())
-    content["result"]["protocol"]["n"] = 3
+    content["result"]["figures"]["distance"]["protocol"]["n"] = 3
     file.write_text(json.dumps(content))
-    with pytest.raises(SctoolError, match=r"measured differently: n \(3 / 4\)"):
-        transfer(copied)
+    with pytest.raises(SctoolError, match=r"measured differently: n \(4 / 3\)"):
+        make_table(copied)
 
 
 # ------------------------------------------------------------------------------------------------------- resuming
@@ -184,7 +193,7 @@ def test_a_second_call_does_nothing_again(
 ) -> None:
     before = files(copied.out)
     assert forbid(monkeypatch) == []
-    assert transfer(copied).to_json() == finished[1].to_json()
+    assert make_table(copied).to_json() == finished[1].to_json()
     assert files(copied.out) == before
 
 
@@ -208,10 +217,10 @@ def test_after_a_kill_the_table_goes_on_with_the_next_run(
     shop = open_workshop(make(seeds=1), tmp_path, quiet=True)
     killed_at("scedit-seed0")
     with pytest.raises(KeyboardInterrupt):
-        transfer(shop)
+        make_table(shop)
     assert trained == ["full-seed0"]
     killed_at("nothing")
-    table = transfer(shop)
+    table = make_table(shop)
     assert trained == ["full-seed0", "scedit-seed0"]
     for row, undisturbed in zip(table.rows, finished[1].rows, strict=True):
         assert row.values["distance"][0] == undisturbed.values["distance"][0]
@@ -221,7 +230,7 @@ def test_a_training_that_was_killed_before_its_last_validation_is_done_again(
     copied: Workshop, finished: Finished
 ) -> None:
     config = copied.settings.config("scedit", 1)
-    run = copied.run(config)
+    run = copied.run("scedit", 1)
     run.forget_after(2)
     running.training_piece(run, config).path.unlink()
     assert running.held_out_loss(run, 3) is None
@@ -234,11 +243,9 @@ def test_other_sampling_draws_again_without_training(
 ) -> None:
     begun = forbid(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        transfer(open_workshop(make(sample_steps=3), copied.out, quiet=True))
+        make_table(open_workshop(make(sample_steps=3), copied.out, quiet=True))
     assert begun == ["full-seed0"]
-    assert running.training_piece(
-        copied.run(copied.settings.config("full", 0)), copied.settings.config("full", 0)
-    ).result()
+    assert running.training_piece(copied.run("full", 0), copied.settings.config("full", 0)).result()
 
 
 def test_changed_settings_are_refused_before_anything_is_done(
@@ -247,7 +254,7 @@ def test_changed_settings_are_refused_before_anything_is_done(
     begun = forbid(monkeypatch)
     for changed in ({"flags": {"batch": 4}}, {"lr": ("scedit=1",)}, {"flags": {"steps": 2}}):
         with pytest.raises(UsageError, match="Choose another --out"):
-            transfer(open_workshop(make(**changed), copied.out, quiet=True))
+            make_table(open_workshop(make(**changed), copied.out, quiet=True))
     assert begun == []
 
 
@@ -255,16 +262,16 @@ def test_changed_settings_are_refused_before_anything_is_done(
 
 
 def test_few_seeds_have_no_interval_and_no_winner(make: Make, no_costs: None, copied: Workshop) -> None:
-    table = transfer(open_workshop(make(seeds=1), copied.out, quiet=True))
+    table = make_table(open_workshop(make(seeds=1), copied.out, quiet=True))
     assert all(figure.interval is None for row in table.rows for figure in row.figures.values())
     assert set(table.to_json()["best"].values()) == {None}
     assert table.notes[0] == "--seeds 1: no interval and no winner; give at least 3."
 
 
 def test_rates_are_chosen_by_held_out_loss(make: Make, no_costs: None, tmp_path: Path) -> None:
-    settings = make(methods=("scedit",), seeds=1, rates=(10.0, 1e-12), rate_steps=2)
+    settings = make(names=("scedit",), seeds=1, rates=(10.0, 1e-12), rate_steps=2)
     shop = open_workshop(settings, tmp_path, quiet=True)
-    table = transfer(shop)
+    table = make_table(shop)
     logged = {}
     for rate in settings.rates:
         tried = Run(tmp_path / "rates" / f"scedit-lr{rate:g}")
@@ -274,7 +281,7 @@ def test_rates_are_chosen_by_held_out_loss(make: Make, no_costs: None, tmp_path:
     assert logged[10.0] != logged[1e-12]
     tuned, lowest = table.tuned["scedit"], min(logged, key=lambda rate: logged[rate])
     assert tuned.losses == logged
-    assert tuned.rate == table.rows[0].lr == shop.run(settings.config("scedit", 0)).config.lr == lowest
+    assert tuned.rate == table.rows[0].lr == shop.run("scedit", 0).config.lr == lowest
     lines = below(table)
     assert any(f"{lowest:g}, by held-out loss (1e-12:" in line and "10:" in line for line in lines)
     assert any("last of the rates tried" in line for line in lines)
@@ -292,17 +299,16 @@ def test_the_chosen_rate_is_the_smallest_of_equals_and_not_a_diverged_one() -> N
 def test_a_method_that_diverges_is_reported_and_not_averaged(
     copied: Workshop, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = copied.settings.config("full", 1)
-    shutil.rmtree(copied.run(config).path)
+    shutil.rmtree(copied.run("full", 1).path)
 
     def diverging(*_: Any, **__: Any) -> None:
         raise Diverged("the loss became nan")
 
     monkeypatch.setattr("sctool.core.training.train.train", diverging)
-    table = transfer(copied)
+    table = make_table(copied)
     full, scedit = table.rows
     assert full.diverged == [1]
-    assert full.figures.keys() == {key for key in finished[1].rows[0].figures if key in ("step_s", "peak_bytes")}
+    assert full.figures.keys() == {key for key in finished[1].rows[0].figures if key in COSTS}
     assert scedit.figures == finished[1].rows[1].figures
     assert any(line == "full diverged with seed 1, so it has no figures of quality." for line in below(table))
     assert table.best("distance") is None
@@ -314,7 +320,7 @@ def test_rates_that_all_diverge_are_an_error(make: Make, tmp_path: Path, monkeyp
         raise Diverged("the loss became nan")
 
     monkeypatch.setattr("sctool.core.training.train.train", diverging)
-    shop = open_workshop(make(methods=("scedit",), rates=(1.0, 2.0)), tmp_path, quiet=True)
+    shop = open_workshop(make(names=("scedit",), rates=(1.0, 2.0)), tmp_path, quiet=True)
     with pytest.raises(SctoolError, match="scedit diverged at every rate"):
         tune_rates(shop)
 
@@ -324,32 +330,32 @@ def test_rates_that_all_diverge_are_an_error(make: Make, tmp_path: Path, monkeyp
 
 def test_a_dry_run_writes_nothing_and_measures_what_it_does_not_know(make: Make, tmp_path: Path) -> None:
     shop = open_workshop(make(rates=(1e-3, 1e-4), rate_steps=2), tmp_path / "new", quiet=True)
-    plan = plan_transfer(shop)
+    plan = plan_table(shop)
     assert not (tmp_path / "new").exists()
     for name in ("full", "scedit"):
-        method = plan["methods"][name]
+        method = plan["rows"][name]
         assert (method["runs"], method["runs_left"]) == (5, 5)
         assert (method["steps_left"], method["images_left"]) == (2 * 2 + 3 * 3, 12)
         assert method["measured"]
         assert method["seconds_left"] == pytest.approx(13 * method["step_s"] + 12 * method["image_s"])
         assert method["step_s"] > 0 < method["image_s"]
-    assert plan["methods"]["base"]["images_left"] == 12
-    assert plan["seconds_left"] == pytest.approx(sum(method["seconds_left"] for method in plan["methods"].values()))
+    assert plan["rows"]["base"]["images_left"] == 12
+    assert plan["seconds_left"] == pytest.approx(sum(method["seconds_left"] for method in plan["rows"].values()))
     assert "5 of 5 runs left" in show_plan(plan)
 
 
 def test_a_plan_of_a_finished_table_has_nothing_left(
     copied: Workshop, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sctool.eval.bench.plan.Contender", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("sctool.eval.bench.cost.Contender", lambda *_: pytest.fail("measured again"))
     before = files(copied.out)
-    plan = plan_transfer(copied)
+    plan = plan_table(copied)
     assert plan["seconds_left"] == 0
     assert "all 3 runs done" in show_plan(plan)
-    more = plan_transfer(open_workshop(make(seeds=4), copied.out, quiet=True))
-    assert (more["methods"]["full"]["steps_left"], more["methods"]["full"]["images_left"]) == (3, 4)
+    more = plan_table(open_workshop(make(seeds=4), copied.out, quiet=True))
+    assert (more["rows"]["full"]["steps_left"], more["rows"]["full"]["images_left"]) == (3, 4)
     assert more["seconds_left"] > 0
-    assert not more["methods"]["full"]["measured"]
+    assert not more["rows"]["full"]["measured"]
     assert files(copied.out) == before
 
 
@@ -364,7 +370,7 @@ def test_a_method_that_does_not_fit_is_refused_up_front(
     begun = forbid(monkeypatch)
     monkeypatch.setattr(SCEdit, "build", misfit)
     with pytest.raises(DoesNotFit, match=r"--methods scedit does not fit --base .*: this denoiser has no skips"):
-        transfer(open_workshop(make(), tmp_path / "new", quiet=True))
+        make_table(open_workshop(make(), tmp_path / "new", quiet=True))
     assert begun == []
     assert not (tmp_path / "new").exists()
 
@@ -388,17 +394,19 @@ def test_a_class_conditional_transformer(tmp_path: Path) -> None:
         (tmp_path / "data" / label).mkdir(parents=True)
         for index in range(5):
             Image.new("RGB", (32, 32), (50 * index, 0, 0)).save(tmp_path / "data" / label / f"{index}.png")
-    flags = {"base": str(base), "data": str(tmp_path / "data"), "steps": 2, "batch": 2}
-    usual: dict[str, Any] = {"seeds": 1, "count": 3, "sample_steps": 2, "features": "mini", "flags": flags}
-    settings = make_settings(methods=("full",), pairs=("mask=0.5",), **usual)
+    flags = {"data": str(tmp_path / "data"), "steps": 2, "batch": 2}
+    usual: dict[str, Any] = {"seeds": 1, "count": 3, "sample_steps": 2, "bases": [str(base)], "flags": flags}
+    usual["measuring"] = Measuring("mini")
+    settings = make_settings(Transfer(), names=("full",), pairs=("mask=0.5",), **usual)
     shop = open_workshop(settings, tmp_path / "out", quiet=True)
-    assert plan_transfer(shop)["methods"]["full"]["image_s"] > 0
-    table = transfer(shop)
+    assert plan_table(shop)["rows"]["full"]["image_s"] > 0
+    table = make_table(shop)
     assert table.protocol["sampling"]["guidance"] == 4
-    assert table.rows[0].parameters["trainable"] == table.base.parameters["base"] + 8, "one new class of width 8"
-    assert table.base.values["distance"].keys() == {0}
+    assert table.rows[0].parameters["trainable"] == table.bases[0].parameters["base"] + 8, "one new class of width 8"
+    assert table.bases[0].values["distance"].keys() == {0}
+    both = make_settings(Transfer(), names=("full", "scedit"), **usual)
     with pytest.raises(UsageError, match="--methods scedit does not fit"):
-        transfer(open_workshop(make_settings(methods=("full", "scedit"), **usual), tmp_path / "other", quiet=True))
+        make_table(open_workshop(both, tmp_path / "other", quiet=True))
 
 
 def make_dit(folder: Path) -> Path:
