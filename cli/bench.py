@@ -228,7 +228,7 @@ def distill(
 
       sctool bench distill --base ./sd21 --data laion --arms lowrank,bk-small --steps 5000 --batch 32 --dry-run
 
-      sctool bench distill --arms lowrank,half,white half:ratio=0.5 white:ratio=0.4225 white:init=whitened --report
+      sctool bench distill --arms lowrank,half,white half:ratio=0.5 white:ratio=0.4225 white:start=whitened --report
     """
     from ..eval.bench.distill import Distill
 

@@ -13,7 +13,7 @@ from .papers import BK_STUDENTS, ELR_STUDENTS
 
 ARMS: dict[str, tuple[str, ...]] = {
     "lowrank": ("ratio=0.4225",),
-    "lowrank-undistilled": ("ratio=0.4225", "lambda_output=0", "lambda_feature=0", "lambda_task=1"),
+    "lowrank-undistilled": ("ratio=0.4225", "output=0", "feature=0", "task=1"),
     "bk-base": ("prune=base",),
     "bk-small": ("prune=small",),
     "bk-tiny": ("prune=tiny",),

@@ -33,7 +33,7 @@ from sctool.eval.options import Options
 
 Make = Callable[..., Settings]
 Finished = tuple[Workshop, Table]
-OWN = ("ratio", "prune", "init", "lambda_task", "lambda_output", "lambda_feature")
+OWN = ("ratio", "prune", "start", "task", "output", "feature")
 
 
 class Weakening:
@@ -86,7 +86,7 @@ def _installed(weakening: Weakening, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def distilled(make: Make, weakening: Weakening, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    names, pairs = ("lowrank", "half", "lowrank-undistilled"), ("lr=1e-5", "half:ratio=0.5", "lowrank:init=whitened")
+    names, pairs = ("lowrank", "half", "lowrank-undistilled"), ("lr=1e-5", "half:ratio=0.5", "lowrank:start=whitened")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(students, "distilling", lambda: weakening)
         settings = make(Distill(), names=names, pairs=pairs, count=10)
@@ -108,14 +108,14 @@ def test_teacher_first_then_every_student_with_its_figures(distilled: Finished) 
     assert [row.parameters["total"] for row in table.rows] == [422, 500, 422]
     assert table.rows[0].parameters["base"] == teacher.parameters["total"] > 0
     assert table.example("to_base").name == "FD (mini features) to the teacher"
-    assert table.rows[0].own == {"ratio": "0.4225", "init": "whitened"}
-    assert table.rows[2].own["lambda_task"] == "1"
+    assert table.rows[0].own == {"ratio": "0.4225", "start": "whitened"}
+    assert table.rows[2].own["task"] == "1"
 
 
 def test_the_runs_are_what_distill_was_asked_for(distilled: Finished, weakening: Weakening) -> None:
     shop, _ = distilled
     configs = {name: config for name, config, _ in weakening.calls if name.startswith(("lowrank-seed", "half-seed"))}
-    assert configs["lowrank-seed1"]["tuner"] == {"ratio": "0.4225", "init": "whitened"}
+    assert configs["lowrank-seed1"]["tuner"] == {"ratio": "0.4225", "start": "whitened"}
     assert configs["half-seed2"]["tuner"] == {"ratio": "0.5"}
     differ = {key for key, value in configs["half-seed2"].items() if configs["lowrank-seed2"][key] != value}
     assert differ == {"tuner"}
@@ -233,7 +233,7 @@ def test_the_page_and_the_terminal_show_every_row(distilled: Finished, capsys: p
         assert f'<th scope="row">{name}</th>' in page
         assert name in printed
     assert "Students of tiny on pictures: 3 steps of 2, 3 seeds" in printed
-    assert "lowrank: ratio 0.4225, init whitened" in printed
+    assert "lowrank: ratio 0.4225, start whitened" in printed
     assert "FD (mini features) to the teacher ↓" in page
     assert page.count("<polyline") == 0, "losses of different objectives are not compared"
     content = json.loads(json.dumps(table.to_json()))
@@ -270,13 +270,6 @@ def test_a_student_that_does_not_fit_is_refused_up_front(make: Make, weakening: 
         make_table(shop)
     assert len(weakening.calls) == done
     assert not (tmp_path / "new").exists()
-
-
-def test_an_installation_that_cannot_distil_says_so(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(students, "MODULE", "...core.nothing_of_the_kind")
-    with pytest.raises(SctoolError, match="needs sctool distill"):
-        make(Distill(), names=("lowrank",))
 
 
 def test_the_weights_of_the_stand_in_differ(distilled: Finished) -> None:
