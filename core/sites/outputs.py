@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .layers import find_module
 
@@ -40,6 +40,8 @@ class _OutputHook:
     def __init__(self, edit: SiteEdit) -> None:
         self.output = edit
 
-    def edit(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """The edited output."""
+    def edit(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """The edited output; of a module that returns several values, the first."""
+        if isinstance(output, tuple):
+            return (self.output.edited(output[0]), *output[1:])
         return self.output.edited(output)

@@ -14,6 +14,7 @@ from ..config import Config, TrainConfig, build
 from ..errors import UsageError, unknown
 from .configs import (
     BitFitConfig,
+    ControlNetConfig,
     DiffFitConfig,
     DiffScalerConfig,
     DoRAConfig,
@@ -21,6 +22,7 @@ from .configs import (
     LoKrConfig,
     LoRAConfig,
     SCEditConfig,
+    T2IAdapterConfig,
 )
 
 if TYPE_CHECKING:
@@ -149,6 +151,17 @@ TUNERS: dict[str, Method] = {
         "Yeh et al. 2023 (LyCORIS), arXiv 2309.14859", "none",
         2e-4, "LyCORIS' example lokr_config.toml",
         (Variant("LoKr"), Variant("LoKr, factor 8", {"decompose_factor": 8})),
+    ),
+    "controlnet": Method(
+        ControlNetConfig, ".controlnet", "ControlNet", "trains a copy of the encoder, with diffusers' model",
+        "Zhang et al. 2023, arXiv 2302.05543", "required",
+        1e-5, "the paper, appendix; diffusers' README of train_controlnet.py", (Variant("ControlNet", {}, 1),),
+    ),
+    "t2i-adapter": Method(
+        T2IAdapterConfig, ".t2i_adapter", "T2I", "adds features of the map in the encoder, with diffusers' model",
+        "Mou et al. 2023, arXiv 2302.08453", "required",
+        1e-5, "the paper, section 4.1; diffusers' README of train_t2i_adapter_sdxl.py",
+        (Variant("T2I-Adapter", {}, 1),),
     ),
 }  # fmt: skip
 

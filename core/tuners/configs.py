@@ -97,3 +97,16 @@ class LoKrConfig(Config):
         -1, ge=-1, description="size of the first Kronecker factor; -1: near the square root of the width"
     )
     layers: tuple[str, ...] | None = Field(("attention",), description=ADAPTED)
+
+
+class ControlNetConfig(Config):
+    """ControlNet (Zhang et al. 2023, arXiv 2302.05543) as diffusers has it."""
+
+
+class T2IAdapterConfig(Config):
+    """T2I-Adapter (Mou et al. 2023, arXiv 2302.08453) as diffusers has it."""
+
+    blocks: int = Field(2, ge=1, description="residual blocks per level")
+    start: Literal["zero", "random"] = Field(
+        "zero", description="zero: training starts at the base; random: as published"
+    )

@@ -26,7 +26,7 @@ CONTROLS = {
     "optional": [(), ("canny",), ("canny", "color")],
     "required": [("canny",), ("canny", "color")],
 }
-UNETS_ONLY = {"scedit"}
+UNETS_ONLY = {"scedit", "controlnet", "t2i-adapter"}
 """Methods that act on what a DiT does not have, such as skip connections."""
 CASES = [
     pytest.param("unet", method, conditions, (), id="-".join((method, *conditions)))

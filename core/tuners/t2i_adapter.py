@@ -1,0 +1,95 @@
+"""T2I-Adapter (Mou et al. 2023, arXiv 2302.08453): features of the map, added in the encoder, by diffusers' own model.
+
+One `T2IAdapter` per condition reads the map alone, so it runs once per image and not once per step. Its features are
+added where diffusers' U-Net adds `down_intrablock_additional_residuals`: at the end of every level's blocks.
+
+Departure: the published adapter starts with random features. Here its first convolution and all biases start at zero,
+so that training starts at the base; `start=random` is the original.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import T2IAdapter
+from torch import Tensor, nn
+
+from ..errors import DoesNotFit
+from ..sites.outputs import Output
+from ..sites.site import Call, Features, Inputs
+from ..sites.skips import Middle, middle
+from .base import SiteTuner
+from .configs import T2IAdapterConfig
+from .controlnet import check_u_net
+
+
+class T2I(SiteTuner):
+    """x + sum_m alpha_m F_m^i(map of m) at the end of level i (eq. 5 of the paper)."""
+
+    method = "t2i-adapter"
+    needs_autocast = True
+    config: T2IAdapterConfig
+
+    def __init__(
+        self, config: T2IAdapterConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
+    ) -> None:
+        check_u_net(denoiser, self.method)
+        if not conditions:
+            raise DoesNotFit(f"{self.method} is controlled by condition maps; add --cond, e.g. --cond canny.")
+        xl = denoiser.config.get("addition_embed_type") == "text_time"
+        sites = levels(denoiser)
+        if xl:
+            sites.append(middle(denoiser))
+        super().__init__(config, sites, conditions, vae_scale)
+        widths = [site.width if isinstance(site, Output) else site.channels for site in sites]
+        self.adapters = nn.ModuleDict({name: new_adapter(config, widths, vae_scale, xl) for name in conditions})
+
+    def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
+        """Features (B, C_i, h_i, w_i) of each level, for each given hint."""
+        return {name: self.adapters[name](hint.to(self._dtype)) for name, hint in hints.items()}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def delta(self, site: Output | Middle, x: Tensor, call: Call) -> Tensor | None:
+        """The weighted sum over the conditions that have a hint; None without any."""
+        place, total = self.sites.index(site), None
+        for name, features in call.features.items():
+            if call.alphas[name] != 0:
+                part = call.alphas[name] * features[place]
+                total = part if total is None else total + part
+        return total
+
+
+def levels(denoiser: Any) -> list[Any]:
+    """Where diffusers' U-Net adds an adapter's features.
+
+    In a level with attention before its downsampling, in one without after it.
+    """
+    sites = []
+    for index, block in enumerate(denoiser.down_blocks):
+        width = block.resnets[-1].out_channels
+        attentions, downsamplers = getattr(block, "attentions", None), block.downsamplers
+        if attentions:
+            sites.append(Output(f"down_blocks.{index}.attentions.{len(attentions) - 1}", width))
+        elif downsamplers:
+            sites.append(Output(f"down_blocks.{index}.downsamplers.{len(downsamplers) - 1}", width))
+        else:
+            sites.append(Output(f"down_blocks.{index}.resnets.{len(block.resnets) - 1}", width))
+    return sites
+
+
+def new_adapter(config: T2IAdapterConfig, widths: list[int], vae_scale: int, xl: bool) -> Any:
+    """A `T2IAdapter` for levels of these widths; SDXL's is of the kind that its own adapters are."""
+    kind, factor = ("full_adapter_xl", 2 * vae_scale) if xl else ("full_adapter", vae_scale)
+    adapter = T2IAdapter(
+        in_channels=3, channels=widths, num_res_blocks=config.blocks, downscale_factor=factor, adapter_type=kind
+    )
+    if config.start == "zero":
+        with torch.no_grad():
+            for name, parameter in adapter.named_parameters():
+                if name.endswith("bias") or name == "adapter.conv_in.weight":
+                    parameter.zero_()
+    return adapter
