@@ -23,13 +23,11 @@ class Kronecker(nn.Module):
         super().__init__()
         self.n, self.rank = n, rank
         self.linear = isinstance(layer, nn.Linear)
-        if isinstance(layer, nn.Linear):
-            self.inputs, self.outputs, self.kernel = layer.in_features, layer.out_features, (1, 1)
-        else:
+        if not isinstance(layer, nn.Linear):
             if (layer.groups, layer.dilation, layer.padding_mode) != (1, (1, 1), "zeros"):
                 raise DoesNotFit("a grouped or dilated convolution, or one not padded with zeros, has no update here.")
-            self.inputs, self.outputs, self.kernel = layer.in_channels, layer.out_channels, layer.kernel_size
             self.stride, self.padding = layer.stride, layer.padding
+        self.inputs, self.outputs, self.kernel = size(layer)
         rows, columns = math.ceil(self.outputs / n), math.ceil(self.inputs / n) * math.prod(self.kernel)
         self.A = nn.Parameter(torch.randn(n, n, n) / n)
         self.u = nn.Parameter(torch.zeros(n, rows, rank))
@@ -66,3 +64,14 @@ class Kronecker(nn.Module):
         if self.linear:
             return whole.flatten(1)[:, : self.inputs]
         return whole.unflatten(-1, (-1, *self.kernel)).flatten(1, 2)[:, : self.inputs]
+
+    def fits(self, layer: nn.Linear | nn.Conv2d) -> bool:
+        """Whether the layer is of the kind and size that the update is for."""
+        return self.linear == isinstance(layer, nn.Linear) and (self.inputs, self.outputs, self.kernel) == size(layer)
+
+
+def size(layer: nn.Linear | nn.Conv2d) -> tuple[int, int, tuple[int, ...]]:
+    """Inputs, outputs and kernel; (1, 1) for a linear layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features, (1, 1)
+    return layer.in_channels, layer.out_channels, layer.kernel_size
