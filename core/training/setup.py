@@ -145,6 +145,8 @@ def build_model(
     fold_upsampling(denoiser)
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
+        for tuner in tuners:
+            tuner.recompute()
     return model
 
 

@@ -14,15 +14,18 @@ from ..config import Config, TrainConfig, build
 from ..errors import UsageError, unknown
 from .configs import (
     BitFitConfig,
+    ControlLoRAConfig,
     ControlNetConfig,
     DiffFitConfig,
     DiffScalerConfig,
     DoRAConfig,
+    ELRConfig,
     FullConfig,
     LoKrConfig,
     LoRAConfig,
     SCEditConfig,
     T2IAdapterConfig,
+    UniControlNetConfig,
 )
 
 if TYPE_CHECKING:
@@ -108,6 +111,11 @@ def low_rank(name: str) -> tuple[Variant, ...]:
     )
 
 
+LOCAL_CONDITIONS = 7
+"""Uni-ControlNet's: canny, mlsd, hed, sketch, openpose, midas, seg."""
+ELR_RATIO = 0.4225
+"""The share of weights that ELR-Diffusion keeps: "up to 58 %" less."""
+
 TUNERS: dict[str, Method] = {
     "full": Method(
         FullConfig, ".full", "Full", "trains every weight of the denoiser", "baseline", "none",
@@ -162,6 +170,30 @@ TUNERS: dict[str, Method] = {
         "Mou et al. 2023, arXiv 2302.08453", "required",
         1e-5, "the paper, section 4.1; diffusers' README of train_t2i_adapter_sdxl.py",
         (Variant("T2I-Adapter", {}, 1),),
+    ),
+    "uni-controlnet": Method(
+        UniControlNetConfig, ".unicontrolnet", "UniControlNet",
+        "trains a copy of the encoder that sees all maps at once: the local adapter",
+        "Zhao et al. 2023, arXiv 2305.16322", "required",
+        1e-5, "the authors' train.py",
+        (Variant("Uni-ControlNet", {}, 1), Variant("Uni-ControlNet, 7 conditions", {}, LOCAL_CONDITIONS)),
+    ),
+    "elr": Method(
+        ELRConfig, ".elr", "ELR",
+        "updates a frozen copy of the encoder by Kronecker products of low rank: stage II",
+        "ELR-Diffusion, anonymous submission 2023", "required",
+        1e-5, "Uni-ControlNet's; the paper prints 10^5", (
+            Variant("ELR stage II", {}, 1),
+            Variant("ELR stage II, 7 conditions", {}, LOCAL_CONDITIONS),
+            Variant("ELR stage II, 7 conditions, low-rank injection", {"ratio": ELR_RATIO}, LOCAL_CONDITIONS),
+        ),
+    ),
+    "controllora": Method(
+        ControlLoRAConfig, ".controllora", "ControlLoRA",
+        "LoRA on attention, with an encoded map added to what the queries' reads",
+        "Wu 2023, github.com/HighCWu/ControlLoRA", "required",
+        1e-4, "the author's tasks/train_canny.py",
+        (Variant("ControlLoRA", {}, 1), Variant("ControlLoRA, rank 64", {"rank": 64}, 1)),
     ),
 }  # fmt: skip
 

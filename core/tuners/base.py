@@ -84,6 +84,9 @@ class Tuner(nn.Module):
         """The number of the denoiser's parameters that its own stand in for; the others are added."""
         return 0
 
+    def recompute(self) -> None:
+        """Gradient checkpointing, once it is attached, for a tuner with a network of its own that is worth it."""
+
     def describe_sites(self) -> list[str]:
         """Where it acts, in words, for `--dry-run`."""
         raise NotImplementedError

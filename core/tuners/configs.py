@@ -110,3 +110,36 @@ class T2IAdapterConfig(Config):
     start: Literal["zero", "random"] = Field(
         "zero", description="zero: training starts at the base; random: as published"
     )
+
+
+class UniControlNetConfig(Config):
+    """Uni-ControlNet's local adapter (Zhao et al. 2023, arXiv 2305.16322): one copied encoder for all maps."""
+
+    fdn_start: Literal["pretrained", "default"] = Field(
+        "pretrained", description="start of the norms that maps modulate: as the base's norms, or as published"
+    )
+    width: float | None = Field(
+        None, gt=0, le=4,
+        description="widths of the maps' features over the published ones; 1, or less for bases narrower than SD, when "
+        "not given",
+    )  # fmt: skip
+    ratio: float | None = Field(
+        None, gt=0, lt=1,
+        description="share of weights that low rank keeps in all convolutions outside the copy, e.g. 0.4225; full rank "
+        "when not given",
+    )  # fmt: skip
+
+
+class ELRConfig(UniControlNetConfig):
+    """ELR-Diffusion, stage II: Uni-ControlNet's adapter with the copy frozen and Kronecker updates of its layers."""
+
+    n: int = Field(4, ge=1, le=64, description="terms of a layer's update, and the side of their first factors")
+    rank: int = Field(8, ge=1, description="rank of each term's second factor")
+
+
+class ControlLoRAConfig(Config):
+    """ControlLoRA (Wu 2023, HighCWu/ControlLoRA, version 1): LoRA on attention, with encoded maps in the queries'."""
+
+    rank: int = Field(4, ge=1, description="rank of the updates, and of those that the maps go through")
+    weights: dict[str, float] = Field(default_factory=dict, description="weight of each condition")
+    normalize: bool = Field(True, description="scale the condition weights to a sum of 1")

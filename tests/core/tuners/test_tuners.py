@@ -13,7 +13,7 @@ import torch
 
 from sctool.core.checkpoint import load_tuner, save_tuner
 from sctool.core.errors import DoesNotFit, SctoolError, UsageError
-from sctool.core.sites.attaching import TunedBackbone, tuned
+from sctool.core.sites.attaching import TunedBackbone, channel, tuned
 from sctool.core.sites.parts import family_of
 from sctool.core.sites.wiring import Wiring
 from sctool.core.tuners import TUNERS, method_config, tuner_class
@@ -26,7 +26,7 @@ CONTROLS = {
     "optional": [(), ("canny",), ("canny", "color")],
     "required": [("canny",), ("canny", "color")],
 }
-UNETS_ONLY = {"scedit", "controlnet", "t2i-adapter"}
+UNETS_ONLY = {"scedit", "controlnet", "t2i-adapter", "uni-controlnet", "elr", "controllora"}
 """Methods that act on what a DiT does not have, such as skip connections."""
 CASES = [
     pytest.param("unet", method, conditions, (), id="-".join((method, *conditions)))
@@ -212,6 +212,8 @@ def test_attaching_twice_is_an_error(net, method, conditions, classes):
         pass
 
 
+NEEDED = {method: CONTROLS[row.control][0] for method, row in TUNERS.items()}
+"""The conditions that a method cannot do without."""
 REPLACING = {"full", "bitfit", "difffit"}
 PAIRS = [pair for pair in itertools.combinations(TUNERS, 2) if not REPLACING.issuperset(pair)]
 
@@ -219,12 +221,13 @@ PAIRS = [pair for pair in itertools.combinations(TUNERS, 2) if not REPLACING.iss
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_methods_stack_in_any_order(pair):
     net = unet()
-    one, other = (build(net, method) for method in pair)
+    one, other = (build(net, method, NEEDED[method]) for method in pair)
     base = base_output(net)
     outs = []
     for order in ((one,), (other,), (one, other), (other, one)):
         with tuned(net, *order):
-            outs.append(base_output(net))
+            latents, t, rows, hints = inputs(net, {name for tuner in order for name in tuner.conditions})
+            outs.append(family_of(net).output(net, latents, t, rows, channel(hints)))
         assert torch.equal(base_output(net), base)
     torch.testing.assert_close(outs[2], outs[3])
     assert not torch.allclose(outs[2], outs[0], atol=1e-3)
