@@ -100,7 +100,7 @@ class StudentConfig(Config):
         "balanced", description="SVD of the weights, its singular values on both factors or on the second (paper); "
         "or of weights times inputs"
     )  # fmt: skip
-    keep: tuple[str, ...] = Field((), description="beginnings of the names of layers that stay as they are")
+    untouched: tuple[str, ...] = Field((), description="beginnings of the names of layers that stay as they are")
 
     @model_validator(mode="after")
     def _one_size(self) -> StudentConfig:
@@ -118,7 +118,7 @@ class DistillConfig(StudentConfig):
         "native", description="weights of that difference over the noise schedule"
     )
     gamma: float = Field(5.0, gt=0, description="gamma of min_snr")
-    feature: float = Field(0.1, ge=0, description="weight of the relative differences of the blocks' outputs")
+    feature: float = Field(1.0, ge=0, description="weight of the relative differences of the blocks' outputs")
     task: float = Field(0.0, ge=0, description="weight of the ordinary training loss")
     cache: int = Field(0, ge=0, description="teacher outputs kept on disk per image, drawn once; 0 for none")
 

@@ -46,7 +46,7 @@ def plan(denoiser: nn.Module, config: StudentConfig) -> Plan:
         after = sum(p.numel() for p in student.parameters())
         _check_smaller(before, after)
         return Plan(before, after, {}, 0)
-    layers = layers_to_divide(denoiser, config.keep)
+    layers = layers_to_divide(denoiser, config.untouched)
     fixed = fixed_size(denoiser, layers)
     if config.ranks is not None:
         ranks = by_map(layers, config.ranks, config.form)

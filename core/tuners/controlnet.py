@@ -41,11 +41,12 @@ def stock(denoiser: nn.Module) -> nn.Module:
     return make_dense(copy.deepcopy(denoiser))
 
 
-def check_u_net(denoiser: nn.Module, method: str) -> None:
-    """Raises `DoesNotFit` for a denoiser without skip connections and a middle block."""
+def check_u_net(denoiser: nn.Module, method: str, whole: bool = False) -> None:
+    """Raises `DoesNotFit` for a denoiser without skip connections or, if `whole`, without a middle block."""
     try:
         skips(denoiser)
-        middle(denoiser)
+        if whole:
+            middle(denoiser)
     except SctoolError as error:
         raise DoesNotFit(
             f"{method} is for U-Nets: {error} Methods for every denoiser are diffscaler and lora."
@@ -63,7 +64,7 @@ class ControlNet(SiteTuner):
     def __init__(
         self, config: ControlNetConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
     ) -> None:
-        check_u_net(denoiser, self.method)
+        check_u_net(denoiser, self.method, whole=True)
         if not conditions:
             raise DoesNotFit(f"{self.method} is controlled by condition maps; add --cond, e.g. --cond canny.")
         self.every: list[Skip] = skips(denoiser)

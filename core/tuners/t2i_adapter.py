@@ -42,6 +42,7 @@ class T2I(SiteTuner):
         if xl:
             sites.append(middle(denoiser))
         super().__init__(config, sites, conditions, vae_scale)
+        self.places = {site.name: place for place, site in enumerate(sites) if isinstance(site, Output)}
         widths = [site.width if isinstance(site, Output) else site.channels for site in sites]
         self.adapters = nn.ModuleDict({name: new_adapter(config, widths, vae_scale, xl) for name in conditions})
 
@@ -55,7 +56,7 @@ class T2I(SiteTuner):
 
     def delta(self, site: Output | Middle, x: Tensor, call: Call) -> Tensor | None:
         """The weighted sum over the conditions that have a hint; None without any."""
-        place, total = self.sites.index(site), None
+        place, total = self.places[site.name] if isinstance(site, Output) else -1, None
         for name, features in call.features.items():
             if call.alphas[name] != 0:
                 part = call.alphas[name] * features[place]

@@ -226,7 +226,7 @@ def base(tiny_base: Path) -> Backbone:
 
 SETTINGS = {
     "flat": {}, "spatial": {"form": "spatial"}, "whitened": {"start": "whitened"}, "budget": {"budget": 0.6},
-    "ranks": {"ranks": {"mid_block.*conv1": 2}}, "kept": {"keep": ("down_blocks",), "ratio": 0.3},
+    "ranks": {"ranks": {"mid_block.*conv1": 2}}, "kept": {"untouched": ("down_blocks",), "ratio": 0.3},
 }  # fmt: skip
 
 
