@@ -16,11 +16,11 @@ from ..files import replacing_folder
 from ..runs import Run
 from .card import write_card
 from .objective import DiffusionObjective, Objective
+from .training import Training
 
 if TYPE_CHECKING:
     from ..sites.attaching import TunedBackbone
     from .log import Summary
-    from .setup import Training
 
 
 class Recipe:
