@@ -127,7 +127,8 @@ class Run:
 
     def discard_if_untrained(self) -> None:
         """Removes the folder of a run that failed before its first row or state, so that nothing is left of it."""
-        if not self.metrics.exists() and not self.states() and not any(part.tuner.exists() for part in self.parts()):
+        parts = self.parts() if (self.path / "config.yaml").is_file() else []
+        if not self.metrics.exists() and not self.states() and not any(part.tuner.exists() for part in parts):
             shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager

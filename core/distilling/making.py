@@ -79,6 +79,7 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
 
     Raises `UsageError` for settings that the base does not allow.
     """
+    _check_shared(backbone)
     own = plan(backbone.denoiser, config)
     made = config.model_dump(mode="json")
     ancestors = (backbone.hash, *backbone.ancestors)
@@ -94,6 +95,18 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
     decompose(denoiser, own.ranks, config.form, config.start, moments)
     ranks, form = all_ranks(denoiser)
     return denoiser, Student("low-rank", backbone.id, ancestors, ranks, form, made)
+
+
+def _check_shared(backbone: Backbone) -> None:
+    """Raises `DoesNotFit` for modules of its own where bases of its kind share one, as a DiT's blocks the embedders.
+
+    A student is built as its kind is, and would silently get one for all.
+    """
+    family, config = backbone.family, {**backbone.denoiser.config}  # type: ignore[dict-item]
+    with torch.device("meta"):
+        built = family.build_denoiser(config)
+    if len(list(built.modules())) != len(list(backbone.denoiser.modules())):
+        raise DoesNotFit(f"{backbone.id}: its blocks' embedders differ, and a student's blocks would share one.")
 
 
 def all_ranks(denoiser: nn.Module) -> tuple[dict[str, int], Form]:
