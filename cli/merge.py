@@ -69,6 +69,7 @@ def merge(
     from ..core.merging.merge import merge as merge_tuners
     from ..core.merging.merge import write, write_base
     from ..core.merging.table import check_methods, find_rule
+    from .sample import base_of
 
     if approximate and not into_base:
         raise UsageError("--approximate belongs to --into-base; an approximate merge is chosen with --rule.")
@@ -76,7 +77,7 @@ def merge(
     find_rule(check_methods([one.meta["method"] for one in files]), rule)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UsageError(f"--out {out} exists already; choose another folder, or remove it.")
-    backbone = load_backbone(base or files[0].meta["base"]["id"], offline=offline)
+    backbone = load_backbone(base or base_of(files), offline=offline)
     result = merge_tuners(
         files, backbone, rule, max_error=None if into_base else max_error, force=force, rank=rank, density=density
     )

@@ -44,7 +44,8 @@ def methods(
             "conditions": row.variant.conditions,
             "trainable": row.trainable,
             "percent": round(row.percent, 4),
-            "stored": row.trainable * tasks,
+            "stored": row.stored * tasks,
+            "total": row.total,
         }
         for row in rows
     ]
@@ -68,7 +69,7 @@ def _show(base: str, rows: list, tasks: int, new_class: int) -> None:
     for name in ("trainable", "% of base", *([f"{tasks} tasks"] if tasks > 1 else [])):
         table.add_column(name, justify="right")
     for row in rows:
-        stored = [f"{row.trainable * tasks:,}"] if tasks > 1 else []
+        stored = [f"{row.stored * tasks:,}"] if tasks > 1 else []
         table.add_row(row.variant.label, row.method, f"{row.trainable:,}", f"{row.percent:.2f}", *stored)
     console = Console(width=max(Console().width, WIDTH))
     console.print(table)

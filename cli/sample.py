@@ -173,7 +173,7 @@ class Sampler:
 
         config = resolve_config(SampleConfig, flags=flags)
         self.chosen, self.progress = chosen, Progress(quiet)
-        base = base or (chosen[0].meta["base"]["id"] if chosen else "mini")
+        base = base or base_of(chosen)
         if by_class and not family_of(base, offline).by_class:
             raise UsageError(f"--class is for class-conditional bases; {base} is conditioned on text: pass a prompt.")
         self.backbone = load_backbone(base, device=best_device(), offline=offline)
@@ -252,6 +252,16 @@ class Sampler:
             images = sample_images(self.backbone, requests, self.config, advance, classes=self.classes)
             write_samples(folder, images, sampling_protocol(self.backbone, self.config, used))
         return folder / "sheet.png"
+
+
+def base_of(chosen: list[Chosen]) -> str:
+    """The base that the first tuner was trained on; mini without tuners. Raises `UsageError` where it does not say."""
+    if not chosen:
+        return "mini"
+    try:
+        return chosen[0].meta["base"]["id"]
+    except KeyError:
+        raise UsageError(f"{chosen[0].name} does not say which base it is for; give --base.") from None
 
 
 def split_scale(text: str) -> tuple[str, float]:

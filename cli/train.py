@@ -141,8 +141,8 @@ def check_names(settings: TrainConfig) -> None:
     method_config(settings.method, settings.tuner)
     control = TUNERS[settings.method].control
     if settings.conditions and control == "none":
-        able = " or ".join(name for name, method in TUNERS.items() if method.control != "none")
-        raise UsageError(f"--method {settings.method} takes no condition maps. Drop --cond, or use --method {able}.")
+        able = ", ".join(name for name, method in TUNERS.items() if method.control != "none")
+        raise UsageError(f"--method {settings.method} takes no condition maps. Drop --cond, or use one of {able}.")
     if control == "required" and not all(one.conditions for one in task_configs(settings).values()):
         raise UsageError(f"--method {settings.method} needs condition maps. Add --cond, e.g. --cond canny.")
     for name in settings.conditions:

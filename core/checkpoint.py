@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .backbones.bases import ASSETS
 from .errors import SctoolError, UsageError
 from .files import replacing, save_tensors, write_json
+from .published import published_file, published_meta
 from .runs import several
 from .tuners import method_config, tuner_class
 
@@ -28,7 +29,9 @@ FORMAT = 1
 
 
 def tuner_file(path: str | Path) -> Path:
-    """The tuner file at `path`: a tuner file, a tuner folder, a run folder, or the name of an embedded tuner or a run.
+    """The tuner file at `path`: a tuner file or folder, a run folder, the name of an embedded tuner or a run.
+
+    The folder of a ControlNet or T2I-Adapter in diffusers' format is one too: its weights.
 
     Runs are looked up by name in runs/. Raises `UsageError` when there is none, or when there is one for each task.
     """
@@ -36,6 +39,8 @@ def tuner_file(path: str | Path) -> Path:
     for candidate in (path, path / NAME, path / "tuner" / NAME, Path("runs") / path / "tuner" / NAME):
         if candidate.is_file():
             return candidate
+    if file := published_file(path):
+        return file
     if tasks := task_files(path):
         raise several(path, tasks)
     reason = f"contains no {NAME} or tuner/{NAME}" if path.is_dir() else "does not exist"
@@ -65,6 +70,8 @@ def _header(path: Path) -> dict[str, Any]:
 def read_meta(path: str | Path) -> dict[str, Any]:
     """The description in a tuner file: method, config, conditions, skips, base, maps, licence. Imports no torch."""
     path = tuner_file(path)
+    if published := published_meta(path):
+        return published
     try:
         return json.loads(_header(path)["__metadata__"]["sctool"])
     except KeyError as error:
@@ -139,7 +146,7 @@ def load_tuner(path: str | Path, target: Backbone | nn.Module, force: bool = Fal
         raise SctoolError(f"tuner '{file}' does not fit {_named(target)}: {error}") from error
     _check_shapes(file, meta, tuner, target)
     try:
-        tuner.load_state_dict(load_file(file))
+        tuner.load_state_dict({meta.get("prefix", "") + name: value.float() for name, value in load_file(file).items()})
     except Exception as error:
         raise SctoolError(f"tuner '{file}' cannot be read: {error}. The file is damaged.") from error
     if hasattr(target, "denoiser"):
@@ -165,7 +172,8 @@ def _check_base(file: Path, meta: Mapping[str, Any], target: Any) -> None:
 
 
 def _check_shapes(file: Path, meta: Mapping[str, Any], tuner: Tuner, target: Any) -> None:
-    stored = {name: tuple(row["shape"]) for name, row in _header(file).items() if name != "__metadata__"}
+    rows = {name: row for name, row in _header(file).items() if name != "__metadata__"}
+    stored = {meta.get("prefix", "") + name: tuple(row["shape"]) for name, row in rows.items()}
     wanted = {name: tuple(value.shape) for name, value in tuner.state_dict().items()}
     if stored == wanted:
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .data.conditions import parse_conditions
 from .data.prompts import check_template
@@ -190,7 +190,9 @@ class TrainConfig(Config):
     mask_anneal: float = Field(
         0.2, ge=0, le=1, description="share of the steps, at the end, over which mask falls to 0"
     )
-    hint_dropout: float = Field(0.0, ge=0, le=1, description="share of hints replaced by black")
+    hint_dropout: float = Field(0.0, ge=0, le=1, description="share of hints replaced by black, each by itself")
+    hint_keep_all: float = Field(0.0, ge=0, le=1, description="share of images that keep all hints all the same")
+    hint_drop_all: float = Field(0.0, ge=0, le=1, description="share of images that lose all hints together")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 for none")
     seed: int = Field(0, description="seed of everything random")
 
@@ -202,6 +204,13 @@ class TrainConfig(Config):
     guidance: float | None = Field(
         None, ge=0, description="classifier-free guidance of previews and adherence; the base's usual when not given"
     )
+
+    @field_validator("hint_drop_all")
+    @classmethod
+    def _shares_of_one(cls, value: float, info: ValidationInfo) -> float:
+        if value + info.data.get("hint_keep_all", 0) > 1:
+            raise UsageError("hint_keep_all and hint_drop_all are shares of the same images; lower one to sum to 1.")
+        return value
 
     @field_validator("cond")
     @classmethod

@@ -12,15 +12,22 @@ from .tuners import TUNERS, Variant, method_config, tuner_class
 if TYPE_CHECKING:
     from torch import nn
 
+    from .tuners.base import Tuner
+
 
 @dataclass(frozen=True)
 class Count:
-    """A variant's trainable parameters, and their share of the base's denoiser in percent."""
+    """A variant's trainable parameters, their share of the base's denoiser in percent, and what else there is.
+
+    `stored` are the numbers in its file, `total` those of denoiser and tuner together.
+    """
 
     method: str
     variant: Variant
     trainable: int
     percent: float
+    stored: int
+    total: int
 
 
 def parameters(module: nn.Module) -> int:
@@ -33,10 +40,14 @@ def count(base: Architecture, method: str, variant: Variant, denoiser: nn.Module
 
     Raises `DoesNotFit` where the base does not allow the variant.
     """
-    denoiser = denoiser if denoiser is not None else base.denoiser()
+    return parameters(_built(base, method, variant, denoiser if denoiser is not None else base.denoiser()))
+
+
+def _built(base: Architecture, method: str, variant: Variant, denoiser: nn.Module) -> Tuner:
+    """The variant on the meta device."""
     conditions = tuple(f"condition{number}" for number in range(variant.conditions))
     config = method_config(method, variant.settings)
-    return parameters(tuner_class(method).build(config, denoiser, conditions, base.vae_scale))
+    return tuner_class(method).build(config, denoiser, conditions, base.vae_scale)
 
 
 def class_row(base: Architecture) -> int:
@@ -53,8 +64,9 @@ def counts(base: Architecture) -> list[Count]:
     for method, row in TUNERS.items():
         for variant in row.variants:
             try:
-                trainable = count(base, method, variant, denoiser)
+                tuner = _built(base, method, variant, denoiser)
             except DoesNotFit:
                 continue
-            rows.append(Count(method, variant, trainable, 100 * trainable / total))
+            own, stored = parameters(tuner), sum(value.numel() for value in tuner.state_dict().values())
+            rows.append(Count(method, variant, own, 100 * own / total, stored, total + own - tuner.replaced()))
     return rows

@@ -93,6 +93,10 @@ class Run:
             raise several(self.path, self.tasks)
         return self.path / "tuner" / f"{self.task or 'tuner'}.safetensors"
 
+    def in_diffusers(self, condition: str) -> Path:
+        """The folder of what was trained for a condition as a model of diffusers' own, for methods that have one."""
+        return self.path / "diffusers" / "-".join(filter(None, (self.task, condition)))
+
     @property
     def samples(self) -> Path:
         """The folder of previews and held-out samples."""

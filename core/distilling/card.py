@@ -9,7 +9,7 @@ from ..training.card import result_rows, trained_on
 
 if TYPE_CHECKING:
     from ..training.log import Summary
-    from ..training.setup import Training
+    from ..training.training import Training
 
 
 def student_card(training: Training, summary: Summary) -> str:

@@ -35,7 +35,7 @@ from .teacher import TeacherCache
 
 if TYPE_CHECKING:
     from ..sites.attaching import TunedBackbone
-    from ..training.setup import Training
+    from ..training.training import Training
 
 LEARNING_RATE = 5e-5
 """BK-SDM's (arXiv 2305.15798, section 4)."""

@@ -93,15 +93,25 @@ def training_draw(
     noise = torch.randn((2, count, *latent), generator=g)
     t = noising.timesteps(count, g)
     chance = torch.rand((1 + len(config.conditions), count), generator=g)
+    dropped = dropped_hints(config, chance[1:], torch.rand(count, generator=g))
     kept = kept_tokens(config, micro, tokens) if tokens else None
     return Draw(
         noise[0, share],
         noise[1, share],
         t[share],
         chance[0, share] < config.caption_dropout,
-        {name: chance[1 + i, share] < config.hint_dropout for i, name in enumerate(config.conditions)},
+        {name: drop[share] for name, drop in zip(config.conditions, dropped, strict=True)},
         None if kept is None else kept[share],
     )
+
+
+def dropped_hints(config: TrainConfig, chance: Tensor, fate: Tensor) -> Tensor:
+    """Which hints of M conditions are black, bool (M, B), for uniform `chance` (M, B) and `fate` (B,).
+
+    As Uni-ControlNet's code: some images keep all of them, some lose all, and in the others each goes by itself.
+    """
+    every = (fate >= config.hint_keep_all) & (fate < config.hint_keep_all + config.hint_drop_all)
+    return every | ((chance < config.hint_dropout) & (fate >= config.hint_keep_all))
 
 
 def validation_draw(

@@ -83,6 +83,7 @@ def plan_tasks(config: TrainConfig, sets: Mapping[str | None, TaskSet], *, offli
         "batch": config.batch * config.accumulate * len(plans),
         "memory": activations * config.batch + held * width + trained,
         **whole,
+        "total": frozen + sum(plan["total"] - frozen for plan in plans.values()),
     }
 
 
@@ -96,11 +97,14 @@ def _plan_task(
     model = meta_model(backbone, tuner, config.checkpointing)
     frozen = sum(p.numel() for p in backbone.denoiser.parameters())
     held = frozen + sum(buffer.numel() for buffer in model.denoiser.buffers())
+    own = sum(p.numel() for p in tuner.parameters() if p.requires_grad)
     figures = {
         "cond": list(config.conditions),
         "sites": tuner.describe_sites(),
         "classes_added": list(backbone.classes),
-        "trainable": sum(p.numel() for p in tuner.parameters() if p.requires_grad),
+        "trainable": own,
+        "stored": sum(value.numel() for value in tuner.state_dict().values()),
+        "total": frozen + own - tuner.replaced(),
         "images": len(training),
         "held_out": len(validation),
         "epochs": round(config.steps * config.batch * config.accumulate / max(1, len(training)), 2),
@@ -119,7 +123,7 @@ def _plan_task(
 
 def _together(plans: Mapping[str | None, dict[str, Any]]) -> dict[str, Any]:
     """Each task's figures under "tasks", and those of the whole run: sums, and the mean image's activations."""
-    sums = {key: sum(plan[key] for plan in plans.values()) for key in ("trainable", "images", "held_out")}
+    sums = {key: sum(plan[key] for plan in plans.values()) for key in ("trainable", "stored", "images", "held_out")}
     activations = sum(plan["activations_per_image"] for plan in plans.values()) // len(plans)
     return {"tasks": dict(plans), **sums, "activations_per_image": activations}
 

@@ -12,14 +12,15 @@ from ..checkpoint import save_tuner
 from ..config import TrainConfig
 from ..devices import choose_precision, torch_dtype
 from ..errors import UsageError
+from ..files import replacing_folder
 from ..runs import Run
 from .card import write_card
 from .objective import DiffusionObjective, Objective
+from .training import Training
 
 if TYPE_CHECKING:
     from ..sites.attaching import TunedBackbone
     from .log import Summary
-    from .setup import Training
 
 
 class Recipe:
@@ -48,6 +49,9 @@ class Recipe:
             save_tuner(
                 lane.run.tuner, lane.tuner, lane.backbone, maps=lane.set.map_meta, task=lane.name, run=t.run.name
             )
+            for condition, model in lane.tuner.in_diffusers().items():
+                with replacing_folder(lane.run.in_diffusers(condition)) as folder:
+                    model.save_pretrained(folder)
         write_card(t.run, t.config, t.backbone, t.lanes, summary)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ..backbones.loading import Backbone
-from ..backbones.noising import Noising
 from ..backbones.upsampling import fold_upsampling
 from ..checkpoint import load_tuner, read_meta, task_files
 from ..config import TrainConfig
@@ -29,10 +27,11 @@ from ..tasks import task_configs
 from ..tuners import check_routing, method_config, tuner_class, with_learning_rate
 from ..tuners.base import Tuner
 from .lanes import Data, Lane, TaskSet
-from .objective import DiffusionObjective, Objective
+from .objective import DiffusionObjective
 from .recipe import Recipe
 from .splits import split_records
 from .state import load_state
+from .training import Training, whole
 
 
 def prepare_data(
@@ -148,44 +147,6 @@ def build_model(
         for tuner in tuners:
             tuner.recompute()
     return model
-
-
-@dataclass
-class Training:
-    """A training that is ready for step number `start`; `recent` are the losses since the last row of the log."""
-
-    config: TrainConfig
-    run: Run
-    accelerator: Accelerator
-    backbone: Backbone
-    lanes: list[Lane]
-    model: TunedBackbone
-    net: nn.Module
-    """The model as steps call it: wrapped for several processes."""
-    objective: Objective
-    noising: Noising
-    parameters: list[nn.Parameter]
-    """Those of all lanes."""
-    optimizer: torch.optim.Optimizer
-    rate: Callable[[int], float]
-    """The learning rate of a step."""
-    ema: EMAModel | None
-    scaler: torch.amp.GradScaler
-    precision: str
-    start: int
-    recent: list[list[float]]
-    tokens: int = 0
-    """Tokens that a transformer makes of a latent; 0 for other denoisers."""
-
-    @property
-    def trained(self) -> nn.Module:
-        """What resume states hold: the tuner, or all of them."""
-        return whole(self.lanes)
-
-
-def whole(lanes: Sequence[Lane]) -> nn.Module:
-    """The tuner of an ordinary run, or those of all tasks as one module."""
-    return lanes[0].tuner if lanes[0].name is None else nn.ModuleList(lane.tuner for lane in lanes)
 
 
 def set_up(

@@ -21,9 +21,10 @@ from .batches import joined
 from .lanes import Lane, Measures, TaskSet
 from .log import Logger, LossMeter, StepFigures, Summary, refuse_divergence
 from .recipe import Recipe
-from .setup import Training, open_lanes, set_up
+from .setup import open_lanes, set_up
 from .state import save_state
 from .trainer import Trainer, averaged
+from .training import Training
 from .validate import Losses, Validator
 
 LOG_EVERY = 10

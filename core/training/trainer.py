@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from .batches import Draw, StepBatches, batch_share, collate, joined, joined_draws, training_draw
 from .lanes import Lane
-from .setup import Training
+from .training import Training
 
 WORKERS = 4
 """Processes that load data for a GPU."""

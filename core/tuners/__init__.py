@@ -16,6 +16,7 @@ from .configs import (
     BitFitConfig,
     ControlLoRAConfig,
     ControlNetConfig,
+    ControlNetXSConfig,
     DiffFitConfig,
     DiffScalerConfig,
     DoRAConfig,
@@ -170,6 +171,12 @@ TUNERS: dict[str, Method] = {
         "Mou et al. 2023, arXiv 2302.08453", "required",
         1e-5, "the paper, section 4.1; diffusers' README of train_t2i_adapter_sdxl.py",
         (Variant("T2I-Adapter", {}, 1),),
+    ),
+    "controlnet-xs": Method(
+        ControlNetXSConfig, ".controlnet_xs", "ControlNetXS",
+        "trains a small encoder that talks to the base's, with diffusers' adapter",
+        "Zavadski et al. 2023, arXiv 2312.06573", "required",
+        1e-5, "ControlNet's; the authors' is not known", (Variant("ControlNet-XS", {}, 1),),
     ),
     "uni-controlnet": Method(
         UniControlNetConfig, ".unicontrolnet", "UniControlNet",

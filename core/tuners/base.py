@@ -87,6 +87,10 @@ class Tuner(nn.Module):
     def recompute(self) -> None:
         """Gradient checkpointing, once it is attached, for a tuner with a network of its own that is worth it."""
 
+    def in_diffusers(self) -> dict[str, Any]:
+        """The tuner as diffusers' own models by condition, for methods that are such: {} for all others."""
+        return {}
+
     def describe_sites(self) -> list[str]:
         """Where it acts, in words, for `--dry-run`."""
         raise NotImplementedError

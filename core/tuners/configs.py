@@ -143,3 +143,13 @@ class ControlLoRAConfig(Config):
     rank: int = Field(4, ge=1, description="rank of the updates, and of those that the maps go through")
     weights: dict[str, float] = Field(default_factory=dict, description="weight of each condition")
     normalize: bool = Field(True, description="scale the condition weights to a sum of 1")
+
+
+class ControlNetXSConfig(Config):
+    """ControlNet-XS (Zavadski et al. 2023, arXiv 2312.06573) as diffusers has it."""
+
+    ratio: float = Field(0.2, gt=0, le=1, description="width of its encoder over the base's")
+    heads: tuple[int, ...] | None = Field(
+        None, description="attention heads per level; the base's times ratio when not given"
+    )
+    time_embedding: bool = Field(True, description="a time embedding of its own, which starts as the base's")

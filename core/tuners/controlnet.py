@@ -76,6 +76,10 @@ class ControlNet(SiteTuner):
         """All skips and the middle block."""
         return [f"{len(self.every)} skips and the middle block, an encoder copy per condition"]
 
+    def in_diffusers(self) -> dict[str, Any]:
+        """The models by condition."""
+        return dict(self.nets.items())
+
     def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
         """What each condition's net adds: its skips, in encoder order, and last the middle block."""
         assert inputs is not None

@@ -46,6 +46,10 @@ class T2I(SiteTuner):
         widths = [site.width if isinstance(site, Output) else site.channels for site in sites]
         self.adapters = nn.ModuleDict({name: new_adapter(config, widths, vae_scale, xl) for name in conditions})
 
+    def in_diffusers(self) -> dict[str, Any]:
+        """The models by condition."""
+        return dict(self.adapters.items())
+
     def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
         """Features (B, C_i, h_i, w_i) of each level, for each given hint."""
         return {name: self.adapters[name](hint.to(self._dtype)) for name, hint in hints.items()}

@@ -288,3 +288,8 @@ def test_a_class_is_drawn_for_the_tasks_that_know_it(tmp_path: Path, refused: Re
         ("hat", "birds"), ("hat", "fish"), ("owl", "birds"), ("eel", "fish"),
     ]  # fmt: skip
     assert "unknown class 'codd'" in refused(*words, "--class", "codd")
+
+
+def test_a_method_that_needs_maps_says_so(refused: Refused) -> None:
+    for method in ("controlnet", "t2i-adapter", "elr"):
+        assert "needs condition maps. Add --cond" in refused("train", "--method", method)

@@ -14,7 +14,6 @@ from sctool.core.config import (
     PRESETS,
     AnnotateConfig,
     SampleConfig,
-    SCEditConfig,
     TrainConfig,
     build,
     parse_value,
@@ -26,6 +25,7 @@ from sctool.core.config import (
 from sctool.core.data.conditions import ConditionSpec, condition_names, parse_conditions
 from sctool.core.errors import UsageError
 from sctool.core.tuners import method_config, with_learning_rate
+from sctool.core.tuners.configs import SCEditConfig
 
 
 @pytest.mark.parametrize(
@@ -224,6 +224,6 @@ def test_conditions_of_a_method_without_them_are_refused_before_anything_is_load
 ) -> None:
     assert run(["train", "--method", "full", "--cond", "canny", "--base", str(tmp_path / "nowhere")]) == 2
     assert (
-        "--method full takes no condition maps. Drop --cond, or use --method scedit or diffscaler."
+        "--method full takes no condition maps. Drop --cond, or use one of scedit, diffscaler, controlnet"
         in capsys.readouterr().err
     )

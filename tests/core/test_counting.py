@@ -2,16 +2,18 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from sctool.cli import run
 from sctool.cli.methods import methods
 from sctool.core.backbones.architectures import Architecture, architecture
-from sctool.core.counting import class_row, count, counts
+from sctool.core.counting import class_row, count, counts, parameters
 from sctool.core.errors import UsageError
-from sctool.core.tuners import TUNERS
+from sctool.core.tuners import TUNERS, method_config, tuner_class
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,62 @@ def unet(sd15):
         ("LoRA", 1_594_368),
         ("LoRA, rank 64", 8 * 1_594_368),
         ("DoRA", 1_594_368 + 99_840),  # a magnitude for each row
+        ("Uni-ControlNet, 7 conditions", 411_903_552),  # ELR-Diffusion's 1271M with the U-Net, see below
+        ("Uni-ControlNet", 411_903_552 - 6 * 3 * 32 * 9),
     ],
 )
 def test_sd15(sd15, unet, label, expected):
     method, variant = next((m, v) for m, row in TUNERS.items() for v in row.variants if v.label == label)
     assert count(sd15, method, variant, unet) == expected
+
+
+def test_uni_controlnets_figures_in_the_elr_paper(sd15, unet):
+    variant = next(v for v in TUNERS["uni-controlnet"].variants if v.conditions == 7)
+    tuner = tuner_class("uni-controlnet").build(
+        method_config("uni-controlnet", {}), unet, tuple(map(str, range(variant.conditions)))
+    )
+    whole = sum(p.numel() for p in unet.parameters()) + parameters(tuner)
+    assert whole == 1_271_424_516, "1271M"
+    assert parameters(tuner.extractor) == 8_211_392
+    assert parameters(tuner.zero) == 11_479_680
+    norms = [norm for block in tuner.copy.down_blocks for norm in (block.resnets[0].norm1, block.resnets[0].norm2)]
+    assert sum(map(parameters, norms)) == 43_511_680
+    assert parameters(tuner.copy) - 43_511_680 == 348_700_800
+
+
+def test_elrs_updates_are_counted_by_their_formula(sd15, unet):
+    copied = ("conv_in", "time_embedding", "down_blocks", "mid_block")
+    layers = [
+        (m.weight.shape[0], m.weight[0].numel())
+        for name, m in unet.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d) and name.split(".")[0] in copied
+    ]
+    assert all(rows % 4 == 0 and columns % 4 == 0 for rows, columns in layers)
+    of_rank = {rank: sum(4**3 + rank * (rows + columns) for rows, columns in layers) for rank in (1, 8, 32)}
+    injection = 8_211_392 + 11_479_680 + 43_511_680
+    full, low = TUNERS["elr"].variants[1:]
+    assert count(sd15, "elr", full, unet) == of_rank[8] + injection == 66_655_584
+    for rank, updates in of_rank.items():
+        own = replace(full, settings={"rank": rank})
+        assert count(sd15, "elr", own, unet) == updates + injection
+    kept = count(sd15, "elr", low, unet) - of_rank[8]
+    assert kept == pytest.approx(0.4225 * injection, rel=2e-3), "biases stay, ranks are rounded down"
+
+
+def test_control_lora_on_sd21():
+    base = architecture("sd21")
+    small, large = TUNERS["controllora"].variants
+    assert count(base, "controllora", large) == 21_524_288, "SCEdit's 21.52M"
+    assert count(base, "controllora", small) < 7_000_000
+
+
+def test_a_copied_encoder_that_is_shared_is_neither_stored_nor_counted(capsys):
+    methods("sd15", as_json=True)
+    rows = {row["variant"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
+    elr = rows["ELR stage II, 7 conditions"]
+    assert elr["stored"] == elr["trainable"] == elr["total"] - 859_520_964
+    assert rows["Uni-ControlNet, 7 conditions"]["total"] == 1_271_424_516
+    assert rows["full fine-tuning"]["total"] == 859_520_964
 
 
 def test_dit_xl_2():

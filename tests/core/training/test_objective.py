@@ -6,8 +6,9 @@ from torch import nn
 
 from sctool.core.backbones.families import FAMILIES
 from sctool.core.backbones.noising import Noising
-from sctool.core.config import TrainConfig
+from sctool.core.config import TrainConfig, build
 from sctool.core.data.records import BytesBlob, Record, Source
+from sctool.core.errors import UsageError
 from sctool.core.training.batches import Draw, StepBatches, batch_share, training_draw, validation_draw
 from sctool.core.training.objective import DiffusionObjective
 from sctool.core.training.seeds import generator
@@ -122,6 +123,26 @@ def test_captions_and_hints_are_dropped_as_often_as_asked_and_independently():
     assert made.t.max() > 980
     never = training_draw(config.model_copy(update={"caption_dropout": 0.0}), 0, (1, 1, 1), noising(), slice(0, 4000))
     assert not never.drop_caption.any()
+
+
+def test_some_images_keep_all_hints_and_some_lose_all():
+    names = ("canny", "color", "depth")
+    shares = {"hint_dropout": 0.5, "hint_keep_all": 0.2, "hint_drop_all": 0.3}
+    config = TrainConfig(batch=8000, cond=names, **shares)
+    made = training_draw(config, 0, (1, 1, 1), noising(), slice(0, 8000))
+    lost = torch.stack([made.drop_hint[name] for name in names]).sum(0)
+    rates = [(lost == count).float().mean().item() for count in range(4)]
+    alone = [0.5 * chance for chance in (1 / 8, 3 / 8, 3 / 8, 1 / 8)]
+    assert rates == pytest.approx([0.2 + alone[0], *alone[1:3], 0.3 + alone[3]], abs=0.02)
+    without = TrainConfig(batch=8000, cond=names, hint_dropout=0.5)
+    plain = training_draw(without, 0, (1, 1, 1), noising(), slice(0, 8000))
+    assert torch.equal(plain.noise, made.noise), "the other draws stay as they are"
+    assert torch.equal(plain.t, made.t)
+    halves = [training_draw(config, 0, (1, 1, 1), noising(), slice(a, a + 4000)) for a in (0, 4000)]
+    for name in names:
+        assert torch.equal(torch.cat([half.drop_hint[name] for half in halves]), made.drop_hint[name])
+    with pytest.raises(UsageError, match="hint_drop_all are shares"):
+        build(TrainConfig, {"hint_keep_all": 0.6, "hint_drop_all": 0.5})
 
 
 def test_held_out_losses_are_measured_in_each_part_of_the_schedule_and_drop_nothing():

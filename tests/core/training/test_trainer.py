@@ -445,13 +445,13 @@ def test_validation_is_due_at_its_intervals_and_after_the_last_step(validate: in
 def test_previews_come_at_their_interval_and_after_the_last_step(step: int, due: bool, tmp_path: Path) -> None:
     drawn: list[int] = []
 
-    def images(requests: Any) -> list[np.ndarray]:
+    def images(requests: Any, base: Any = None) -> list[np.ndarray]:
         drawn.append(len(requests))
         return [np.zeros((8, 8, 3), np.uint8) for _ in requests]
 
     measuring = validator(10, sample_every=3, validate_every=0, path=tmp_path)
     measuring.images = images
-    measuring.draw_base()
+    measuring.draw_base(measuring.backbone)
     assert drawn == [4]
     assert "val/loss" in measuring(step, by_timestep, NOISING)
     assert drawn == ([4, 4] if due else [4])
@@ -465,7 +465,7 @@ def test_adherence_is_measured_on_the_hints_of_sixteen_images(tmp_path: Path) ->
 
     measuring = validator(20, measures={"canny": measure}, sample_every=0, validate_every=5, path=tmp_path)
     measuring.images = lambda requests: [np.zeros((8, 8, 3), np.uint8) for _ in requests]
-    measuring.draw_base()
+    measuring.draw_base(measuring.backbone)
     assert measuring.base == []
     figures = measuring(5, by_timestep, NOISING)
     assert figures["val/canny_f1"] == pytest.approx(np.mean(range(16)))

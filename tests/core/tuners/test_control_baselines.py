@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNetControlNetXSModel
 from torch import Tensor
 
 from sctool.core.backbones.architectures import architecture
@@ -72,6 +73,32 @@ def test_t2i_adapter_is_diffusers_adapter(blocks: tuple) -> None:
         assert (expected - net(latents, t, text).sample).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("blocks", [("CrossAttnDownBlock2D", "DownBlock2D"), ("DownBlock2D", "CrossAttnDownBlock2D")])
+@pytest.mark.parametrize("own_time", [True, False])
+def test_controlnet_xs_is_diffusers_merged_model(blocks: tuple, own_time: bool) -> None:
+    ups = tuple(block.replace("Down", "Up") for block in reversed(blocks))
+    sizes = {"block_out_channels": (8, 16), "attention_head_dim": (2, 4), "norm_num_groups": 4}
+    net = unet(layers_per_block=2, down_block_types=blocks, up_block_types=ups, **sizes).double()
+    tuner = build("controlnet-xs", net, ratio=0.5, heads=(1, 2), time_embedding=own_time)
+    tuner.float().double()  # diffusers merges in float32
+    latents, t, text, hint = inputs()
+    with torch.no_grad():
+        merged = UNetControlNetXSModel.from_unet(net, tuner.adapters["canny"]).double().eval()
+        for name, module in merged.named_modules():  # diffusers gives the base's norms another epsilon than they had
+            if isinstance(module, torch.nn.GroupNorm) and "ctrl" not in name and "attentions" not in name:
+                module.eps = 1e-5
+        expected = merged(latents, t, text, controlnet_cond=hint, conditioning_scale=0.7, return_dict=False)[0]
+        base = net(latents, t, text).sample
+        with tuned(net, tuner, scales=0.7 if not own_time else 1.0):
+            ours = net(latents, t, text, cross_attention_kwargs=channel({"canny": hint})).sample
+            without = net(latents, t, text).sample
+        if own_time:  # a scale also scales the time embedding's change here, so compare at 1
+            expected = merged(latents, t, text, controlnet_cond=hint, conditioning_scale=1.0, return_dict=False)[0]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(without, base, rtol=0, atol=0)
+    assert (ours - base).abs().max() > 1e-3
+
+
 def test_the_published_start_is_not_the_base() -> None:
     net = unet()
     torch.manual_seed(0)
@@ -103,6 +130,7 @@ def test_only_u_nets_with_maps() -> None:
 def test_the_papers_counts() -> None:
     for base, method, count in (
         ("sd21", "controlnet", 364_228_240), ("sd15", "controlnet", 361_279_120), ("sd15", "t2i-adapter", 77_369_280),
+        ("sd21", "controlnet-xs", 55_301_776),
     ):  # fmt: skip
         known = architecture(base)
         tuner = tuner_class(method).build(method_config(method, {}), known.denoiser(), ("canny",), 8)

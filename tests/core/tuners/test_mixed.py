@@ -20,12 +20,26 @@ UNEQUAL: dict[str, list[dict[str, Any]]] = {
     "dora": [{"rank": 2}, {"rank": 3}],
 }  # fmt: skip
 TASKS = ["a", "b", "b", None, "a", "b"]
+CONTROLLED = [name for name in ROUTED if TUNERS[name].control == "required"]
 CASES = [pytest.param(name, base, id=f"{name}-{base}") for name in ROUTED for base in ("unet", "dit")
-         if (name, base) != ("scedit", "dit")]  # fmt: skip
+         if base == "unet" or name not in ("scedit", *CONTROLLED)]  # fmt: skip
 
 
 def test_the_methods_that_act_on_single_samples() -> None:
-    assert ROUTED == ["scedit", "diffscaler", "lora", "dora", "lokr"]
+    assert set(TUNERS) - set(ROUTED) == {"full", "bitfit", "difffit"}
+
+
+def make(method: str, base: str) -> Any:
+    """A net that the method fits, in float64."""
+    deep = {"layers_per_block": 2, "block_out_channels": (20, 40)} if method == "controlnet-xs" else {}
+    return (unet(**deep) if base == "unet" else dit(tied=True)).double()
+
+
+def given(method: str, places: Any = slice(None), tasks: Any = None) -> dict[str, Any] | None:
+    """What goes through the open channel: the samples' tasks, and a map for methods that need one."""
+    maps = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    hint = {"hint": {"canny": maps[places]}} if method in CONTROLLED else {}
+    return {**({"task": tasks} if tasks else {}), **hint} or None
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +52,8 @@ def double() -> Any:
 def shaken(method: str, net: Any, number: int, classes: tuple[str, ...]) -> Any:
     settings = UNEQUAL.get(method, [{}, {}])[number]
     torch.manual_seed(number)
-    tuner = tuner_class(method).build(method_config(method, settings), net, classes=classes).double()
+    conditions = ("canny",) if method in CONTROLLED else ()
+    tuner = tuner_class(method).build(method_config(method, settings), net, conditions, classes=classes).double()
     with torch.no_grad():
         for parameter in tuner.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
@@ -55,13 +70,13 @@ def inputs(base: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tenso
 
 @pytest.mark.parametrize(("method", "base"), CASES)
 def test_a_mixed_batch_equals_separate_calls(method: str, base: str) -> None:
-    net = (unet() if base == "unet" else dit(tied=True)).double()
+    net = make(method, base)
     own = (("cat",), ("dog", "owl")) if base == "dit" else ((), ())
     tuners = {name: shaken(method, net, number, own[number]) for number, name in enumerate("ab")}
     latents, t, rows = inputs(base)
     family = family_of(net)
     with tuned(net, *tuners.values(), tasks=list(tuners)):
-        mixed = family.output(net, latents, t, rows, {"task": TASKS})
+        mixed = family.output(net, latents, t, rows, given(method, tasks=TASKS))
     mixed.square().sum().backward()
     for name in (*tuners, None):
         places = [i for i, task in enumerate(TASKS) if task == name]
@@ -72,7 +87,7 @@ def test_a_mixed_batch_equals_separate_calls(method: str, base: str) -> None:
             gradients = [parameter.grad for parameter in tuners[name].parameters()]
             tuners[name].zero_grad()
             with tuned(net, tuners[name]):
-                alone = family.output(net, latents[places], t[places], part)
+                alone = family.output(net, latents[places], t[places], part, given(method, places))
             alone.square().sum().backward()
             for one, parameter in zip(gradients, tuners[name].parameters(), strict=True):
                 assert one is not None
@@ -82,15 +97,15 @@ def test_a_mixed_batch_equals_separate_calls(method: str, base: str) -> None:
 
 @pytest.mark.parametrize(("method", "base"), CASES)
 def test_a_tuner_added_later_changes_no_sample_of_the_others(method: str, base: str) -> None:
-    net = (unet() if base == "unet" else dit(tied=True)).double()
+    net = make(method, base)
     first, second = (shaken(method, net, number, ()) for number in (0, 1))
     latents, t, rows = inputs(base)
     rows = {key: value.clamp(max=3) if key == "label" else value for key, value in rows.items()}
     family, old = family_of(net), ["a", None, "a", "a", None, "a"]
     with torch.no_grad(), tuned(net, first, tasks=["a"]):
-        before = family.output(net, latents, t, rows, {"task": old})
+        before = family.output(net, latents, t, rows, given(method, tasks=old))
     with torch.no_grad(), tuned(net, first, second, tasks=["a", "b"]):
-        assert torch.equal(family.output(net, latents, t, rows, {"task": old}), before)
+        assert torch.equal(family.output(net, latents, t, rows, given(method, tasks=old)), before)
 
 
 def test_methods_that_change_the_whole_denoiser_cannot_be_routed() -> None:

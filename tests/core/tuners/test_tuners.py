@@ -20,16 +20,20 @@ from sctool.core.tuners import TUNERS, method_config, tuner_class
 
 from ..tiny import dit, unet
 
-NETS = {"unet": unet, "dit": functools.partial(dit, tied=True)}
+DEEP = functools.partial(unet, layers_per_block=2, block_out_channels=(20, 40))
+"""diffusers' ControlNet-XS is of U-Nets with two layers per block."""
+NETS = {"unet": unet, "deep": DEEP, "dit": functools.partial(dit, tied=True)}
 CONTROLS = {
     "none": [()],
     "optional": [(), ("canny",), ("canny", "color")],
     "required": [("canny",), ("canny", "color")],
 }
-UNETS_ONLY = {"scedit", "controlnet", "t2i-adapter", "uni-controlnet", "elr", "controllora"}
+UNETS_ONLY = {"scedit", "controlnet", "t2i-adapter", "controlnet-xs", "uni-controlnet", "elr", "controllora"}
 """Methods that act on what a DiT does not have, such as skip connections."""
 CASES = [
-    pytest.param("unet", method, conditions, (), id="-".join((method, *conditions)))
+    pytest.param(
+        "deep" if method == "controlnet-xs" else "unet", method, conditions, (), id="-".join((method, *conditions))
+    )
     for method, row in TUNERS.items()
     for conditions in CONTROLS[row.control]
 ] + [
@@ -167,12 +171,12 @@ SMALLEST = {
     [
         pytest.param(*case.values[1:3], id=case.id)
         for case in CASES
-        if case.values[0] == "unet" and len(case.values[2]) != 1
+        if case.values[0] != "dit" and len(case.values[2]) != 1
     ],
 )
 def test_compiles(method, conditions):
-    # diffusers' ControlNet is of U-Nets with a middle block
-    net = unet(**SMALLEST if method != "controlnet" else {**SMALLEST, "mid_block_type": "UNetMidBlock2DCrossAttn"})
+    whole = {"mid_block_type": "UNetMidBlock2DCrossAttn"} if method.startswith("controlnet") else {}
+    net = unet(**SMALLEST | whole | ({"layers_per_block": 2} if method == "controlnet-xs" else {}))
     tuner = build(net, method, conditions)
     model = TunedBackbone(net, tuner)
     arguments = inputs(net, conditions)
@@ -221,7 +225,7 @@ PAIRS = [pair for pair in itertools.combinations(TUNERS, 2) if not REPLACING.iss
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_methods_stack_in_any_order(pair):
-    net = unet()
+    net = DEEP() if "controlnet-xs" in pair else unet()
     one, other = (build(net, method, NEEDED[method]) for method in pair)
     base = base_output(net)
     outs = []

@@ -1,0 +1,94 @@
+"""Adapters in diffusers' own format: folders that are read as tuners, and that ours are also written as.
+
+Imports no torch. Which base such an adapter is for it does not say: its shapes must fit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .data.conditions import MAP_FOLDERS
+from .errors import UsageError
+
+WEIGHTS = "diffusion_pytorch_model"
+SYNONYMS = {"openpose": "pose", "inpaint": "mask", "softedge": "hed", "scribble": "sketch", "segmentation": "seg"}
+"""Names in published folders, and what the condition is called here."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A diffusers model class: the method that it is here, and the prefix of its weights' names there."""
+
+    method: str
+    prefix: str
+
+
+KINDS = {"ControlNetModel": Kind("controlnet", "nets"), "T2IAdapter": Kind("t2i-adapter", "adapters")}
+
+
+def published_file(folder: Path) -> Path | None:
+    """The weights in a diffusers adapter's folder; None for any other folder.
+
+    Raises `UsageError` for one without safetensors, or whose weights are in several files.
+    """
+    if folder.is_dir() and _config(folder).get("_class_name") in KINDS:
+        files = sorted(folder.glob(f"{WEIGHTS}*.safetensors"), key=lambda file: (".fp16." in file.name, file.name))
+        if not files:
+            raise UsageError(f"tuner '{folder}' has no {WEIGHTS}.safetensors. Re-save it with safetensors.")
+        if re.search(r"-\d+-of-\d+", files[0].name):
+            raise UsageError(f"tuner '{folder}' has its weights in several files; save it again as one.")
+        return files[0]
+    return None
+
+
+def published_meta(file: Path) -> dict[str, Any] | None:
+    """The description of a diffusers adapter's weights as that of a tuner file; None for any other file.
+
+    `prefix` is what its weights' names begin with here. Raises `UsageError` where the condition cannot be told.
+    """
+    config = _config(file.parent) if file.name.startswith(WEIGHTS) else {}
+    kind = KINDS.get(str(config.get("_class_name")))
+    if kind is None:
+        return None
+    condition = condition_in(file.parent)
+    return {
+        "method": kind.method,
+        "config": {} if kind.method == "controlnet" else {"blocks": config.get("num_res_blocks", 2)},
+        "conditions": [condition],
+        "maps": {},
+        "vae_scale": _factor(config),
+        "prefix": f"{kind.prefix}.{condition}.",
+    }
+
+
+def condition_in(folder: Path) -> str:
+    """The condition in a folder's name: canny of sd-controlnet-canny. Raises `UsageError` where it names none."""
+    words = re.split(r"[^a-z0-9]+", folder.resolve().name.lower())
+    known = {name: name for name in MAP_FOLDERS} | SYNONYMS
+    for word in reversed(words):
+        if word in known:
+            return SYNONYMS.get(word, word)
+    raise UsageError(
+        f"tuner '{folder}': its name does not say what it is controlled by. Rename the folder so that it ends with the "
+        "condition, e.g. my-controlnet-canny."
+    )
+
+
+def _factor(config: Mapping[str, Any]) -> int:
+    """The autoencoder's factor that the adapter's map encoder is for."""
+    if "downscale_factor" in config:
+        return config["downscale_factor"] // (2 if "xl" in config.get("adapter_type", "") else 1)
+    return 2 ** (len(config.get("conditioning_embedding_out_channels", (16, 32, 96, 256))) - 1)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
