@@ -78,15 +78,15 @@ def distill(
         "precision": precision, "seed": seed, "form": form, "start": start, **sizes,
     }  # fmt: skip
 
-    from ..core.distilling.distill import RESULT, distill_config
+    from ..core.distilling.distill import RESULT, check_run, distill_config
     from ..core.distilling.distill import distill as distill_into
-    from ..core.runs import Run, default_name, open_run
+    from ..core.runs import named_run, open_run
 
     settings = distill_config(flags, pairs or (), config)
     if densify and settings.distill and settings.distill.prune:
         raise UsageError("a pruned student is an ordinary folder already; leave --densify out.")
     main = os.environ.get("RANK", "0") == "0"
-    run = Run(out / (name or default_name(settings)))
+    run = named_run(out, name, settings)
     new = not run.path.exists()  # an older run may have a finished student, made with --steps 0
     if steps == 0 and not dry_run:
         with run.locked(), discarding(run, new):
@@ -100,7 +100,8 @@ def distill(
         print(json.dumps(plan) if as_json else show_plan(plan))
         return
 
-    run = open_run(out, name, settings)
+    check_run(run, settings, offline=offline)  # not after: opening the run saves its new settings
+    open_run(out, name, settings)
     with run.locked() if main else nullcontext(), discarding(run, main and new):
         summary = distill_into(
             settings, run, part.source, held_out=part.held_out, distance=part.distance, dense=densify,

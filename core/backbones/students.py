@@ -29,6 +29,7 @@ class Student:
 
     `ranks`: rank by layer of the low-rank layers, {} for a pruned student; `form` of its convolutions. `teacher` is
     what the user called it, `ancestors` are the hashes of the teacher and of its own teachers, `made` the settings.
+    `moved` are those ancestors whose skips and blocks are numbered otherwise, since blocks were removed.
     """
 
     kind: Literal["low-rank", "pruned"]
@@ -37,6 +38,7 @@ class Student:
     ranks: Mapping[str, int] = field(default_factory=dict)
     form: Literal["flat", "spatial"] = "flat"
     made: Mapping[str, Any] = field(default_factory=dict)
+    moved: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """As it is written."""
@@ -73,7 +75,7 @@ def read_student(folder: Path) -> Student | None:
         values = json.loads(file.read_text())
         if values.pop("format") != FORMAT:
             raise ValueError("it is of another version of sctool")
-        student = Student(**{**values, "ancestors": tuple(values["ancestors"])})
+        student = Student(**{**values, "ancestors": tuple(values["ancestors"]), "moved": tuple(values["moved"])})
         _check(student)
         return student
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -14,7 +14,7 @@ from torch import nn
 from ..backbones.bases import content_hash, family_of_base, find_base
 from ..backbones.families import family_of_denoiser
 from ..backbones.loading import Backbone, load_backbone
-from ..backbones.students import Student, read_student
+from ..backbones.students import read_student
 from ..backbones.thin import make_thin
 from ..config import DistillConfig, StudentConfig, TrainConfig, resolve_config
 from ..data.records import Source
@@ -114,8 +114,8 @@ def make_start(run: Run, config: TrainConfig, *, offline: bool = False, say: Say
     """
     folder = run.path / START
     assert config.distill is not None
-    if made := read_student(folder):
-        check_made(run, made, config, offline)
+    if read_student(folder) is not None:
+        check_run(run, config, offline=offline)
     else:
         teacher = load_backbone(config.base, offline=offline)
         denoiser, student = make(teacher, config.distill, say)
@@ -123,8 +123,11 @@ def make_start(run: Run, config: TrainConfig, *, offline: bool = False, say: Say
     return folder
 
 
-def check_made(run: Run, made: Student, config: TrainConfig, offline: bool) -> None:
-    """Raises `UsageError` unless the run's student is the one that `config` describes."""
+def check_run(run: Run, config: TrainConfig, *, offline: bool = False) -> None:
+    """Raises `UsageError` where the run has a student that `config` does not describe, or of another teacher."""
+    made = read_student(run.path / START)
+    if made is None:
+        return
     assert config.distill is not None
     wanted = {key: config.distill.model_dump(mode="json")[key] for key in StudentConfig.model_fields}
     changed = [f"{k} ({made.made.get(k)} before, {v} now)" for k, v in wanted.items() if made.made.get(k) != v]

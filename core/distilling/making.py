@@ -85,7 +85,7 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
     ancestors = (backbone.hash, *backbone.ancestors)
     if config.prune:
         denoiser = pruned(backbone.denoiser, backbone.family, config.prune)
-        return denoiser, Student("pruned", backbone.id, ancestors, made=made)
+        return denoiser, Student("pruned", backbone.id, ancestors, made=made, moved=ancestors)
     moments = None
     if config.start == "whitened":
         say("measuring the inputs of the layers")
@@ -94,7 +94,8 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
     denoiser = copy.deepcopy(backbone.denoiser)
     decompose(denoiser, own.ranks, config.form, config.start, moments)
     ranks, form = all_ranks(denoiser)
-    return denoiser, Student("low-rank", backbone.id, ancestors, ranks, form, made)
+    moved = backbone.student.moved if backbone.student else ()
+    return denoiser, Student("low-rank", backbone.id, ancestors, ranks, form, made, moved)
 
 
 def _check_shared(backbone: Backbone) -> None:
