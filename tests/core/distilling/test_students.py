@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import shutil
@@ -184,23 +185,60 @@ def student_net(make_net: Any, form: Any = "flat") -> nn.Module:
     return decompose(net, by_ratio(layers_to_divide(net), 0.5, form), form).requires_grad_(False)
 
 
+DEEP: Any = functools.partial(unet, layers_per_block=2, block_out_channels=(20, 40))
+"""diffusers' ControlNet-XS is of U-Nets with two layers per block."""
+
+
 @pytest.mark.parametrize("form", ["flat", "spatial"])
-@pytest.mark.parametrize("method", [name for name, row in TUNERS.items() if row.control != "required"])
+@pytest.mark.parametrize("method", TUNERS)
 def test_every_method_trains_on_a_student(method: str, form: Any) -> None:
-    net = student_net(unet, form)
+    net = student_net(DEEP if method == "controlnet-xs" else unet, form)
+    names = ("canny",) if TUNERS[method].control == "required" else ()
+    state, frozen = copy.deepcopy(net.state_dict()), list(net.parameters())
     torch.manual_seed(1)
-    tuner = tuner_class(method).build(method_config(method, {}), net, (), 4)
+    tuner = tuner_class(method).build(method_config(method, {}), net, names, 4)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), {"prompt_embeds": torch.randn(2, 3, 8)}
-    base = family_of_denoiser(net.config).output(net, *inputs)  # type: ignore[arg-type]
+    hints = {name: torch.rand(2, 3, 32, 32) for name in names}
+    family = family_of_denoiser(net.config)  # type: ignore[arg-type]
+    base = family.output(net, *inputs)
     model = TunedBackbone(net, tuner)
-    torch.testing.assert_close(model(*inputs), base, rtol=0, atol=1e-5)
+    assert torch.equal(model(*inputs, hints or None), base), "a new tuner changes nothing"
     optimizer = torch.optim.SGD(tuner.parameters(), 0.1)
     for _ in range(2):
-        model(*inputs).square().mean().backward()
+        optimizer.zero_grad()
+        model(*inputs, hints or None).square().mean().backward()
         optimizer.step()
-    assert (model(*inputs) - base).abs().max() > 1e-6
-    names = {name for name, _ in net.named_modules()}
-    assert not any(name.endswith((".down", ".up")) for name in names), "the thin factors are no layers of their own"
+    with torch.no_grad():
+        assert (model(*inputs, hints or None) - base).abs().max() > 1e-6
+        for parameter in tuner.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    optimizer.zero_grad()
+    model(*inputs, hints or None).square().mean().backward()
+    assert [name for name, p in tuner.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad is None for p in frozen)
+    model.attachment.detach()
+    assert torch.equal(family.output(net, *inputs), base)
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+    assert not any(name.endswith((".down", ".up")) for name, _ in net.named_modules()), "factors are no layers"
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit", "lora", "dora", "lokr", "diffscaler"])
+def test_layer_methods_train_on_a_transformer_s_student(method: str) -> None:
+    net = student_net(functools.partial(dit, tied=True))
+    torch.manual_seed(1)
+    tuner = tuner_class(method).build(method_config(method, {}), net, (), 4)
+    family = family_of_denoiser({**net.config, "_class_name": type(net).__name__})  # type: ignore[dict-item]
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), {"label": torch.tensor([0, 3])}
+    base = family.output(net, *inputs)
+    model = TunedBackbone(net, tuner)
+    assert torch.equal(model(*inputs), base)
+    with torch.no_grad():
+        for parameter in tuner.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model(*inputs).square().mean().backward()
+    assert [name for name, p in tuner.named_parameters() if p.grad is None or not p.grad.any()] == []
+    model.attachment.detach()
+    assert torch.equal(family.output(net, *inputs), base)
 
 
 def test_layers_have_the_teacher_s_names_and_widths() -> None:
