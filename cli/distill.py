@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from .options import help_of
 
 if TYPE_CHECKING:
     from ..core.config import TrainConfig
+    from ..core.runs import Run
 
 
 def distill(
@@ -66,7 +68,7 @@ def distill(
       sctool distill --base ./sd15 --budget 0.5 --start whitened --steps 0 --densify
     """
     from ..core.config import read_yaml
-    from ..core.errors import SctoolError, UsageError
+    from ..core.errors import UsageError
 
     sizes = {"ratio": ratio, "budget": budget, "ranks": read_yaml(ranks) if ranks else None, "prune": prune}
     if len(named := [key for key, value in sizes.items() if value is not None]) > 1:
@@ -76,15 +78,18 @@ def distill(
         "precision": precision, "seed": seed, "form": form, "start": start, **sizes,
     }  # fmt: skip
 
+    from ..core.distilling.distill import RESULT, check_run, distill_config
     from ..core.distilling.distill import distill as distill_into
-    from ..core.distilling.distill import distill_config
-    from ..core.runs import Run, default_name, open_run
+    from ..core.runs import named_run, open_run
 
     settings = distill_config(flags, pairs or (), config)
+    if densify and settings.distill and settings.distill.prune:
+        raise UsageError("a pruned student is an ordinary folder already; leave --densify out.")
     main = os.environ.get("RANK", "0") == "0"
+    run = named_run(out, name, settings)
+    new = not run.path.exists()  # an older run may have a finished student, made with --steps 0
     if steps == 0 and not dry_run:
-        run = Run(out / (name or default_name(settings)))
-        with run.locked():
+        with run.locked(), discarding(run, new):
             print(only_made(run, settings, densify=densify, offline=offline, as_json=as_json, quiet=quiet))
         return
     part = training_set(settings, strict=strict, offline=offline, quiet=quiet)
@@ -95,22 +100,31 @@ def distill(
         print(json.dumps(plan) if as_json else show_plan(plan))
         return
 
-    run = open_run(out, name, settings)
-    with run.locked() if main else nullcontext():
-        try:
-            summary = distill_into(
-                settings, run, part.source, held_out=part.held_out, distance=part.distance, dense=densify,
-                offline=offline, quiet=quiet,
-            )  # fmt: skip
-        except SctoolError:
-            if main:
-                run.discard_if_untrained()
-            raise
+    check_run(run, settings, offline=offline)  # not after: opening the run saves its new settings
+    open_run(out, name, settings)
+    with run.locked() if main else nullcontext(), discarding(run, main and new):
+        summary = distill_into(
+            settings, run, part.source, held_out=part.held_out, distance=part.distance, dense=densify,
+            offline=offline, quiet=quiet,
+        )  # fmt: skip
     if main:
-        student = str(run.path / "student")
+        student = str(run.path / RESULT)
         loss = f", loss {summary.last.loss:.4f}" if summary.last else ""
         figures = {"run": str(run.path), "student": student, **summary.to_json()}
         print(json.dumps(figures) if as_json else f"{student}  ({summary.steps} steps{loss})")
+
+
+@contextmanager
+def discarding(run: Run, wanted: bool) -> Iterator[None]:
+    """Removes, where it is wanted, the folder of a run that fails before it has trained."""
+    from ..core.errors import SctoolError
+
+    try:
+        yield
+    except SctoolError:
+        if wanted:
+            run.discard_if_untrained()
+        raise
 
 
 def training_set(config: TrainConfig, *, strict: bool, offline: bool, quiet: bool) -> Any:
@@ -125,13 +139,8 @@ def training_set(config: TrainConfig, *, strict: bool, offline: bool, quiet: boo
 
 def only_made(run: Any, config: TrainConfig, *, densify: bool, offline: bool, as_json: bool, quiet: bool) -> str:
     """Writes the untrained student as the run's result; returns what is printed."""
-    from ..core.backbones.loading import load_backbone
-    from ..core.distilling.distill import make_start, write_student
-    from ..core.progress import Progress
+    from ..core.distilling.distill import RESULT, make_only
 
-    start = make_start(run, config, offline=offline, say=Progress(quiet).note)
-    backbone = load_backbone(str(start), offline=offline)
-    folder = write_student(run, backbone, (start / "README.md").read_text(), dense=densify)
-    count = sum(p.numel() for p in backbone.denoiser.parameters())
-    made = {"run": str(run.path), "student": str(folder), "parameters": count}
-    return json.dumps(made) if as_json else f"{folder}  ({count:,} parameters, not trained)"
+    count = make_only(run, config, dense=densify, offline=offline, quiet=quiet)
+    made = {"run": str(run.path), "student": str(run.path / RESULT), "parameters": count}
+    return json.dumps(made) if as_json else f"{made['student']}  ({count:,} parameters, not trained)"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,7 @@ def load_tuner(path: str | Path, target: Backbone | nn.Module, force: bool = Fal
     meta, denoiser = read_meta(file), getattr(target, "denoiser", target)
     if not force:
         _check_base(file, meta, target)
+        _check_places(file, meta, target)
     config = method_config(meta["method"], meta["config"])
     try:
         tuner = tuner_class(meta["method"]).build(
@@ -169,6 +171,23 @@ def _check_base(file: Path, meta: Mapping[str, Any], target: Any) -> None:
         f"tuner '{file}' was trained on base '{base.get('id')}' ({base['hash'][:12]}), not on {_named(target)}. "
         f"Use --base {base.get('id')}; `sctool sample --force` loads it anyway."
     )
+
+
+def _check_places(file: Path, meta: Mapping[str, Any], target: Any) -> None:
+    """Refuses a teacher's tuner that edits what a pruned student lacks, or has under another number.
+
+    Up to the first residual block, skips 0 and 1, all is in its place.
+    """
+    student = getattr(target, "student", None)
+    if student is None or meta.get("base", {}).get("hash") not in student.moved:
+        return
+    skips = [f"skip {index}" for index in sorted(map(int, meta.get("skips", {}))) if index > 1]
+    blocks = {match[1] for name in _header(file) if (match := re.search(r"\b(up_blocks[./]\d+)", name))}
+    if edited := [*skips, *sorted(blocks)]:
+        raise SctoolError(
+            f"tuner '{file}' does not fit {_named(target)}, from which blocks were removed: it edits "
+            f"{', '.join(edited)} of its teacher '{student.teacher}'. Train one on the student: --base {target.id}."
+        )
 
 
 def _check_shapes(file: Path, meta: Mapping[str, Any], tuner: Tuner, target: Any) -> None:

@@ -105,9 +105,20 @@ class StudentConfig(Config):
     @model_validator(mode="after")
     def _one_size(self) -> StudentConfig:
         named = [key for key in ("budget", "ranks", "prune") if getattr(self, key) is not None]
-        if len(named) > 1:
+        if len(named) > 1 or (named and "ratio" in self._changed()):
+            named = ["ratio", *named] if len(named) == 1 else named
             raise UsageError(f"{' and '.join(named)} each decide the student's size; give one of them.")
         return self
+
+    @model_validator(mode="after")
+    def _of_low_rank_layers(self) -> StudentConfig:
+        if self.prune and (ignored := [key for key in ("form", "start", "untouched") if key in self._changed()]):
+            raise UsageError(f"{' and '.join(ignored)} are about low-rank layers, which prune={self.prune} has not.")
+        return self
+
+    def _changed(self) -> set[str]:
+        """The settings that are not at their defaults: a run's saved config names them all."""
+        return {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default}
 
 
 class DistillConfig(StudentConfig):

@@ -131,7 +131,8 @@ class Run:
 
     def discard_if_untrained(self) -> None:
         """Removes the folder of a run that failed before its first row or state, so that nothing is left of it."""
-        if not self.metrics.exists() and not self.states() and not any(part.tuner.exists() for part in self.parts()):
+        parts = self.parts() if (self.path / "config.yaml").is_file() else []
+        if not self.metrics.exists() and not self.states() and not any(part.tuner.exists() for part in parts):
             shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
@@ -165,15 +166,24 @@ def default_name(config: TrainConfig) -> str:
     return "-".join(["distill" if config.distill else config.method, *words, digest])
 
 
+def named_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:
+    """The run folder of that name, or of a name made from the settings; it may not exist.
+
+    Raises `UsageError` for a name that is no single folder name.
+    """
+    run = Run(Path(out) / (name or default_name(config)))
+    if name and (run.path.name != name or name in (".", "..")):
+        raise UsageError(f"--name {name}: a run name is a single folder name; use --out for the folder of runs.")
+    return run
+
+
 def open_run(out: str | Path, name: str | None, config: TrainConfig) -> Run:
     """The run folder for `config`, created if it does not exist.
 
     Raises `UsageError` when a run of that name has other settings, naming the keys that differ, or has done more steps;
     `SctoolError` when the folder cannot be written.
     """
-    run = Run(Path(out) / (name or default_name(config)))
-    if name and (run.path.name != name or name in (".", "..")):
-        raise UsageError(f"--name {name}: a run name is a single folder name; use --out for the folder of runs.")
+    run = named_run(out, name, config)
     if changed := changed_settings(run, config):
         raise UsageError(f"run '{run.name}' exists with other settings: {', '.join(changed)}. Choose another --name.")
     done = max((int(state.name[5:]) for state in run.states()), default=0)
@@ -189,8 +199,17 @@ def changed_settings(run: Run, config: TrainConfig) -> list[str]:
     if not (run.path / "config.yaml").is_file():
         return []
     old, new = run.config.model_dump(mode="json"), config.model_dump(mode="json")
-    fixed = new.keys() - free_keys(config)
-    return [f"{k} ({old[k]} before, {new[k]} now)" for k in new if old[k] != new[k] and k in fixed]
+    fixed = [key for key in new if key not in free_keys(config)]
+    return [line for key in fixed for line in _changed(key, old[key], new[key])]
+
+
+def _changed(key: str, old: Any, new: Any) -> Iterator[str]:
+    """The values of a setting that differ; of a section, as a method's own settings, each by its name."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for part in dict.fromkeys([*old, *new]):
+            yield from _changed(f"{key}.{part}", old.get(part), new.get(part))
+    elif old != new:
+        yield f"{key} ({old} before, {new} now)"
 
 
 def environment() -> dict[str, Any]:

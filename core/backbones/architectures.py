@@ -70,7 +70,7 @@ class Architecture:
 
         with torch.device(device):
             denoiser = self.family.build_denoiser(self.config)
-            return (self.student.shaped(denoiser) if self.student else denoiser).eval()
+            return (self.student.shaped(denoiser, self.name) if self.student else denoiser).eval()
 
 
 def architecture(base: str) -> Architecture:

@@ -29,7 +29,7 @@ from .bases import (
 )
 from .families import Family
 from .students import NAME as STUDENT
-from .students import Student, read_student
+from .students import REMEDY, Student, read_student
 
 if TYPE_CHECKING:
     from .families.base import Rows
@@ -257,11 +257,7 @@ def load_thin(folder: Path, family: Family, student: Student, base: str) -> nn.M
     from safetensors.torch import load_file
 
     with init_empty_weights(include_buffers=False):
-        denoiser = family.build_denoiser(read_config(folder, family.denoiser_part, base))
-        try:
-            student.shaped(denoiser)
-        except AttributeError as error:
-            raise SctoolError(f"--base {base}: {STUDENT} names a layer that is not there ({error}).") from error
+        denoiser = student.shaped(family.build_denoiser(read_config(folder, family.denoiser_part, base)), base)
     weights: dict[str, Tensor] = {}
     try:
         for file in weight_files(folder, family.denoiser_part):
@@ -270,7 +266,6 @@ def load_thin(folder: Path, family: Family, student: Student, base: str) -> nn.M
     except Exception as error:  # safetensors and torch have several kinds
         reason = str(error).splitlines()[-1].strip()
         raise SctoolError(
-            f"--base {base}: the weights in {family.denoiser_part}/ do not fit {STUDENT} ({reason}). "
-            "Make the student again with sctool distill."
+            f"--base {base}: the weights in {family.denoiser_part}/ do not fit {STUDENT} ({reason}). {REMEDY}"
         ) from error
     return denoiser

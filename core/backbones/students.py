@@ -7,6 +7,7 @@ ranks to be built; all say whose students they are, so that a teacher's tuners a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "student.json"
 FORMAT = 1
+REMEDY = "Make the student again with sctool distill."
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Student:
 
     `ranks`: rank by layer of the low-rank layers, {} for a pruned student; `form` of its convolutions. `teacher` is
     what the user called it, `ancestors` are the hashes of the teacher and of its own teachers, `made` the settings.
+    `moved` are those ancestors whose skips and blocks are numbered otherwise, since blocks were removed.
     """
 
     kind: Literal["low-rank", "pruned"]
@@ -35,17 +38,28 @@ class Student:
     ranks: Mapping[str, int] = field(default_factory=dict)
     form: Literal["flat", "spatial"] = "flat"
     made: Mapping[str, Any] = field(default_factory=dict)
+    moved: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """As it is written."""
         return {"format": FORMAT, **asdict(self)}
 
-    def shaped(self, denoiser: nn.Module) -> nn.Module:
-        """The denoiser, built from its diffusers config, with the student's low-rank layers, in place."""
+    def shaped(self, denoiser: nn.Module, base: str) -> nn.Module:
+        """The denoiser, built from its diffusers config, with the student's low-rank layers, in place.
+
+        Raises `UsageError`, in which `base` is what the user calls the student, for a layer that cannot be one.
+        """
         if not self.ranks:
             return denoiser
-        from .thin import make_thin
+        from .thin import divisible, make_thin
 
+        modules = dict(denoiser.named_modules(remove_duplicate=False))
+        for name in self.ranks:
+            if name not in modules or not divisible(modules[name]):
+                raise UsageError(
+                    f"--base {base}: {NAME} names '{name}', which is no linear or convolutional layer of its denoiser. "
+                    f"{REMEDY}"
+                )
         return make_thin(denoiser, self.ranks, self.form)
 
 
@@ -61,6 +75,19 @@ def read_student(folder: Path) -> Student | None:
         values = json.loads(file.read_text())
         if values.pop("format") != FORMAT:
             raise ValueError("it is of another version of sctool")
-        return Student(**{**values, "ancestors": tuple(values["ancestors"])})
+        student = Student(**{**values, "ancestors": tuple(values["ancestors"]), "moved": tuple(values["moved"])})
+        _check(student)
+        return student
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{file} cannot be read ({error}); make the student again with sctool distill.") from error
+        raise UsageError(f"{file} cannot be read ({error}). {REMEDY}") from error
+
+
+def _check(student: Student) -> None:
+    """Raises `ValueError` for values that no student has."""
+    if student.kind not in ("low-rank", "pruned") or student.form not in ("flat", "spatial"):
+        raise ValueError(f"kind '{student.kind}' and form '{student.form}' are not known")
+    for name, rank in student.ranks.items():
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"the rank of {name} is {rank!r}, not a whole number from 1 on")
+    if not student.ancestors or not all(re.fullmatch("[0-9a-f]{64}", str(one)) for one in student.ancestors):
+        raise ValueError("ancestors are not SHA-256 hashes")

@@ -52,7 +52,10 @@ def other_parts(base: Architecture) -> int | None:
 
 
 def student_counts(base: Architecture) -> list[StudentCount]:
-    """The base itself, low-rank students of the paper's ratio, and BK-SDM's; what does not fit the base is left out."""
+    """The base itself, low-rank students of the paper's ratio, and BK-SDM's.
+
+    Those that do not fit the base, or are no smaller, are left out.
+    """
     denoiser, rest = base.denoiser(), other_parts(base)
     students: dict[str, nn.Module] = {"the base": denoiser}
     for form in ("flat", "spatial"):
@@ -63,8 +66,13 @@ def student_counts(base: Architecture) -> list[StudentCount]:
             students[f"BK-SDM, {size}"] = pruned(denoiser, base.family, size)
         except DoesNotFit:
             continue
+    own = _count(denoiser)
     counts = {label: _count(student) for label, student in students.items()}
-    return [StudentCount(label, count, None if rest is None else count + rest) for label, count in counts.items()]
+    return [
+        StudentCount(label, count, None if rest is None else count + rest)
+        for label, count in counts.items()
+        if count < own or label == "the base"
+    ]
 
 
 def _count(module: nn.Module) -> int:

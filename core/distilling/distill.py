@@ -11,11 +11,12 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from ..backbones.bases import content_hash, family_of_base, find_base
 from ..backbones.families import family_of_denoiser
 from ..backbones.loading import Backbone, load_backbone
 from ..backbones.students import read_student
 from ..backbones.thin import make_thin
-from ..config import DistillConfig, TrainConfig, resolve_config
+from ..config import DistillConfig, StudentConfig, TrainConfig, resolve_config
 from ..data.records import Source
 from ..devices import choose_precision, torch_dtype
 from ..errors import UsageError
@@ -107,14 +108,55 @@ def check(config: TrainConfig) -> None:
 
 
 def make_start(run: Run, config: TrainConfig, *, offline: bool = False, say: Say = lambda line: None) -> Path:
-    """The folder of the run's untrained student; made from the teacher in float32 when it is not there yet."""
+    """The folder of the run's untrained student; made from the teacher in float32 when it is not there yet.
+
+    Raises `UsageError` where the run has one that was made with other settings, or of another teacher.
+    """
     folder = run.path / START
-    if read_student(folder) is None:
-        assert config.distill is not None
+    assert config.distill is not None
+    if read_student(folder) is not None:
+        check_run(run, config, offline=offline)
+    else:
         teacher = load_backbone(config.base, offline=offline)
         denoiser, student = make(teacher, config.distill, say)
         save_student(folder, teacher, denoiser, student, f"---\nlicense: {teacher.licence}\n---\n")
     return folder
+
+
+def check_run(run: Run, config: TrainConfig, *, offline: bool = False) -> None:
+    """Raises `UsageError` where the run has a student that `config` does not describe, or of another teacher."""
+    made = read_student(run.path / START)
+    if made is None:
+        return
+    assert config.distill is not None
+    wanted = {key: config.distill.model_dump(mode="json")[key] for key in StudentConfig.model_fields}
+    changed = [f"{k} ({made.made.get(k)} before, {v} now)" for k, v in wanted.items() if made.made.get(k) != v]
+    if changed:
+        raise UsageError(
+            f"run '{run.name}' has a student made with other settings: {', '.join(changed)}. Choose another --name."
+        )
+    folder = find_base(config.base, offline)
+    if content_hash(folder, family_of_base(folder, config.base).denoiser_part) != made.ancestors[0]:
+        raise UsageError(
+            f"run '{run.name}' has a student of '{made.teacher}' with other weights than --base {config.base} has now. "
+            "Choose another --name."
+        )
+
+
+def make_only(run: Run, config: TrainConfig, *, dense: bool = False, offline: bool = False, quiet: bool = False) -> int:
+    """Writes the untrained student as the run's result; returns the parameters of its denoiser.
+
+    Raises `UsageError` for a run that has trained its student.
+    """
+    if run.states() or run.metrics.exists():
+        raise UsageError(
+            f"run '{run.name}' has trained its student, which --steps 0 would replace by the untrained one. "
+            "Choose another --name."
+        )
+    start = make_start(run, config, offline=offline, say=Progress(quiet).note)
+    backbone = load_backbone(str(start), offline=offline)
+    write_student(run, backbone, (start / "README.md").read_text(), dense=dense)
+    return sum(p.numel() for p in backbone.denoiser.parameters())
 
 
 def write_student(run: Run, start: Backbone, card: str, *, dense: bool = False) -> Path:

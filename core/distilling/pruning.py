@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..backbones.families import Family
+from ..backbones.thin import THIN
 from ..errors import DoesNotFit, unknown
 
 SIZES = ("base", "small", "tiny")
@@ -63,6 +64,8 @@ def _theirs(name: str, size: str) -> str:
 def pruned(teacher: nn.Module, family: Family, size: str) -> nn.Module:
     """The student with its teacher's weights, on the teacher's device and in its dtype."""
     old: Any = teacher
+    if any(isinstance(module, THIN) for module in teacher.modules()):
+        raise DoesNotFit("blocks are removed from ordinary bases, and this one has low-rank layers; densify it first.")
     config = pruned_config(old.config, size)
     weights = dict(teacher.named_parameters())
     device = next(teacher.parameters()).device

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..backbones.thin import Form
 from ..errors import UsageError
-from .factorising import as_matrix, sides
+from .factorising import as_matrix, sides, singular_values
 
 TOLERANCE = 0.0005
 """How far below its budget a student may stay, as a share of it."""
@@ -61,7 +61,7 @@ def by_energy(layers: Mapping[str, Any], budget: int, fixed: int, form: Form = "
 
 def _energies(module: Any, form: Form) -> torch.Tensor:
     """s^2 / (P + Q) of each singular value, in falling order."""
-    return torch.linalg.svdvals(as_matrix(module.weight.detach(), form).double()).square() / sum(sides(module, form))
+    return singular_values(as_matrix(module.weight.detach(), form).double()).square() / sum(sides(module, form))
 
 
 def _filled(

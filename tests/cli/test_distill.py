@@ -52,7 +52,10 @@ def test_the_plan_is_what_the_student_becomes(
         (["--ratio", "1.5"], "between 0 and 1"), (["--budget", "10"], "cannot be met"),
         (["--ratio", "0.5", "--prune", "small"], "--ratio and --prune each decide"), (["--prune", "huge"], "prune"),
          (["--ranks", "none.yaml"], "cannot read config"),
-        (["cond=canny"], "does not go with distill"),
+        (["cond=canny"], "does not go with distill"), (["--prune", "small", "--densify"], "leave --densify out"),
+        (["--ratio", "0.3", "budget=0.5"], "ratio and budget each decide"),
+        (["--prune", "small", "--start", "whitened"], "about low-rank layers"),
+        (["--ratio", "1.5", "--steps", "0"], "between 0 and 1"),
     ],
 )  # fmt: skip
 def test_wrong_settings_end_with_one_message(
@@ -92,3 +95,32 @@ def test_a_student_is_no_teacher_of_a_bigger_one(
     again = words("distill", "--base", tmp_path / "s" / "student", "--ratio", 0.9, "--data", pictures, "--dry-run")
     assert sctool(again) == 2
     assert "a student is smaller" in capsys.readouterr().err
+
+
+def test_a_finished_student_outlives_a_command_that_fails(
+    tiny_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = words("distill", "--base", tiny_base, "--out", tmp_path, "--name", "s", "--data", pictures)
+    assert sctool([*common, "--steps", "0"]) == 0
+    assert sctool([*common, "--steps", "2", "--batch", "2", "size=20"]) == 2
+    load_backbone(str(tmp_path / "s" / "student"))
+    config = tmp_path / "s" / "config.yaml"
+    settings = config.read_text()
+    for steps in (0, 2):
+        assert sctool([*common, "--ratio", "0.9", "--steps", str(steps)]) == 2
+        assert "(0.4225 before, 0.9 now)" in capsys.readouterr().err
+    assert config.read_text() == settings, "a refused command leaves the run's settings"
+    load_backbone(str(tmp_path / "s" / "student"))
+    assert sctool([*common[:-4], "--name", "../t", "--steps", "0"]) == 2
+    assert "single folder name" in capsys.readouterr().err
+
+
+def test_no_student_is_listed_that_would_be_no_smaller(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sctool(words("distill", "--base", tiny_base, "--out", tmp_path, "--name", "s", "--steps", 0)) == 0
+    capsys.readouterr()
+    assert sctool(words("methods", "--base", tmp_path / "s" / "student", "--json")) == 0
+    rows = json.loads(capsys.readouterr().out)["students"]
+    assert rows[0]["student"] == "the base"
+    assert all(row["parameters"] < rows[0]["parameters"] for row in rows[1:])

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sctool.core.backbones.families import family_of_denoiser
-from sctool.core.backbones.loading import load_backbone
+from sctool.core.backbones.loading import Backbone, load_backbone
 from sctool.core.backbones.noising import Noising
+from sctool.core.backbones.students import Student
 from sctool.core.backbones.thin import THIN
 from sctool.core.checkpoint import load_tuner, save_tuner
 from sctool.core.config import DistillConfig, StudentConfig, TrainConfig
-from sctool.core.distilling.distill import distill, distill_config, stages_of
+from sctool.core.distilling.distill import check_run, distill, distill_config, make_only, stages_of
 from sctool.core.distilling.factorising import decompose, layers_to_divide
 from sctool.core.distilling.making import make, save_student
 from sctool.core.distilling.objective import DistillObjective, feature_error, outputs_of, weight
@@ -239,6 +241,8 @@ def test_what_a_student_s_training_cannot_have_is_refused(tiny_base: Path, pictu
         "init=x": "starts from its teacher", "method=lora": "all of a student's weights",
         "compile=true": "hides the blocks' outputs", "cache=2": "give feature=0",
         "budget=0.5 prune=small": "each decide", "ratoi=0.4": "unknown",
+        "budget=0.5 ratio=0.3": "ratio and budget each",
+        "prune=small start=whitened form=spatial": "form and start are about low-rank layers",
     }  # fmt: skip
     for pairs, message in refused.items():
         with pytest.raises(UsageError, match=message):
@@ -247,14 +251,74 @@ def test_what_a_student_s_training_cannot_have_is_refused(tiny_base: Path, pictu
         settings(tiny_base, pictures, "output=0", "feature=0")
 
 
-def test_a_tuner_of_skips_that_a_pruned_student_lacks_is_refused(tmp_path: Path) -> None:
+def test_a_tuner_of_places_that_a_pruned_student_lacks_is_refused(tmp_path: Path) -> None:
     base = load_backbone("mini")
-    denoiser, student = make(base, StudentConfig(prune="small"))
-    pruned = load_backbone(str(save_student(tmp_path / "student", base, denoiser, student, "")))
-    for skips in (None, (11,)):
-        tuner = tuner_class("scedit").build(
-            method_config("scedit", {"skips": skips}), base.denoiser, (), base.vae_scale
-        )
+    pruned, own = made(base, tmp_path / "student", prune="base")
+    second, _ = made(pruned, tmp_path / "second", ratio=0.3)
+    up, down = (rf"^{side}_blocks\.1\.attentions\.{number}\." for side, number in (("up", 1), ("down", 0)))
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("scedit", {}, "it edits skip 2, "), ("scedit", {"skips": [1, 2]}, "it edits skip 2 of"),
+        ("scedit", {"skips": [0, 1]}, ""), ("lora", {"layers": [up]}, r"it edits up_blocks\.1 of"),
+        ("lora", {"layers": [down]}, ""),
+    ]  # fmt: skip
+    for method, config, message in cases:
+        tuner = tuner_class(method).build(method_config(method, config), base.denoiser, (), base.vae_scale)
         file = save_tuner(tmp_path / "tuner", tuner, base)
-        with pytest.raises(SctoolError, match="does not fit"):
-            load_tuner(file, pruned)
+        for student in (pruned, second):
+            if message:
+                with pytest.raises(SctoolError, match=f"blocks were removed: {message}"):
+                    load_tuner(file, student)
+            else:
+                load_tuner(file, student)
+    tuner = tuner_class("scedit").build(method_config("scedit", {}), pruned.denoiser, (), base.vae_scale)
+    load_tuner(save_tuner(tmp_path / "own", tuner, pruned), second)
+    assert (pruned.student, own.moved) == (own, (base.hash,))
+
+
+def made(teacher: Backbone, folder: Path, **config: Any) -> tuple[Backbone, Student]:
+    """A student of these settings, loaded from its folder."""
+    denoiser, student = make(teacher, StudentConfig(**config))
+    return load_backbone(str(save_student(folder, teacher, denoiser, student, ""))), student
+
+
+# ------------------------------------------------------------------------------------------- the student of a run
+
+
+def file_of(run: Run, student: str = "student") -> bytes:
+    return (run.path / student / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_a_run_trains_no_student_that_was_made_otherwise(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    run, pairs = Run(tmp_path / "run"), ("ratio=0.5", "lr=1e-3")
+    make_only(run, settings(tiny_base, pictures, *pairs), quiet=True)
+    before = file_of(run)
+    make_only(run, settings(tiny_base, pictures, *pairs), quiet=True)
+    assert file_of(run) == before
+    for other in ("ratio=0.3", "form=spatial", "start=paper", "untouched=mid_block"):
+        with pytest.raises(UsageError, match=r"made with other settings: .*before.*Choose another --name"):
+            make_only(run, settings(tiny_base, pictures, *pairs, other), quiet=True)
+    with pytest.raises(UsageError, match=r"ratio \(0.5 before, 0.3 now\)"):
+        check_run(run, settings(tiny_base, pictures, *pairs, "ratio=0.3"))
+    assert file_of(run) == before
+    trained = run_in(tmp_path, settings(tiny_base, pictures, *pairs, "steps=2"))
+    assert trained.path == run.path
+    after = file_of(run)
+    assert before != after
+    with pytest.raises(UsageError, match="has trained its student"):
+        make_only(run, settings(tiny_base, pictures, *pairs), quiet=True)
+    assert file_of(run) == after
+    with pytest.raises(UsageError, match=r"exists with other settings: distill.ratio \(0.5 before, 0.3 now\)\. Choose"):
+        run_in(tmp_path, settings(tiny_base, pictures, *pairs, "ratio=0.3", "steps=2"))
+
+
+def test_a_run_keeps_to_the_teacher_that_its_student_was_made_of(
+    tiny_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny_base, tmp_path / "teacher")
+    config, run = settings(teacher, pictures), Run(tmp_path / "run")
+    make_only(run, config, quiet=True)
+    file = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "conv_in.bias": weights["conv_in.bias"] + 1}, file, {"format": "pt"})
+    with pytest.raises(UsageError, match="with other weights than --base"):
+        run_in(tmp_path, config)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,15 @@ from sctool.core.backbones.loading import Backbone, load_backbone
 from sctool.core.backbones.thin import THIN, ThinConv2d, ThinLinear, make_dense, make_thin, thin
 from sctool.core.checkpoint import load_tuner, save_tuner
 from sctool.core.config import StudentConfig
-from sctool.core.distilling.factorising import decompose, factorised, factors, input_moments, layers_to_divide
+from sctool.core.distilling.factorising import (
+    decompose,
+    factorised,
+    factors,
+    input_moments,
+    layers_to_divide,
+    singular_values,
+    svd,
+)
 from sctool.core.distilling.making import make, save_student
 from sctool.core.distilling.pruning import SIZES, pruned
 from sctool.core.distilling.ranks import TOLERANCE, by_energy, by_map, by_ratio, fixed_size, size
@@ -174,23 +185,60 @@ def student_net(make_net: Any, form: Any = "flat") -> nn.Module:
     return decompose(net, by_ratio(layers_to_divide(net), 0.5, form), form).requires_grad_(False)
 
 
+DEEP: Any = functools.partial(unet, layers_per_block=2, block_out_channels=(20, 40))
+"""diffusers' ControlNet-XS is of U-Nets with two layers per block."""
+
+
 @pytest.mark.parametrize("form", ["flat", "spatial"])
-@pytest.mark.parametrize("method", [name for name, row in TUNERS.items() if row.control != "required"])
+@pytest.mark.parametrize("method", TUNERS)
 def test_every_method_trains_on_a_student(method: str, form: Any) -> None:
-    net = student_net(unet, form)
+    net = student_net(DEEP if method == "controlnet-xs" else unet, form)
+    names = ("canny",) if TUNERS[method].control == "required" else ()
+    state, frozen = copy.deepcopy(net.state_dict()), list(net.parameters())
     torch.manual_seed(1)
-    tuner = tuner_class(method).build(method_config(method, {}), net, (), 4)
+    tuner = tuner_class(method).build(method_config(method, {}), net, names, 4)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), {"prompt_embeds": torch.randn(2, 3, 8)}
-    base = family_of_denoiser(net.config).output(net, *inputs)  # type: ignore[arg-type]
+    hints = {name: torch.rand(2, 3, 32, 32) for name in names}
+    family = family_of_denoiser(net.config)  # type: ignore[arg-type]
+    base = family.output(net, *inputs)
     model = TunedBackbone(net, tuner)
-    torch.testing.assert_close(model(*inputs), base, rtol=0, atol=1e-5)
+    assert torch.equal(model(*inputs, hints or None), base), "a new tuner changes nothing"
     optimizer = torch.optim.SGD(tuner.parameters(), 0.1)
     for _ in range(2):
-        model(*inputs).square().mean().backward()
+        optimizer.zero_grad()
+        model(*inputs, hints or None).square().mean().backward()
         optimizer.step()
-    assert (model(*inputs) - base).abs().max() > 1e-6
-    names = {name for name, _ in net.named_modules()}
-    assert not any(name.endswith((".down", ".up")) for name in names), "the thin factors are no layers of their own"
+    with torch.no_grad():
+        assert (model(*inputs, hints or None) - base).abs().max() > 1e-6
+        for parameter in tuner.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    optimizer.zero_grad()
+    model(*inputs, hints or None).square().mean().backward()
+    assert [name for name, p in tuner.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad is None for p in frozen)
+    model.attachment.detach()
+    assert torch.equal(family.output(net, *inputs), base)
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+    assert not any(name.endswith((".down", ".up")) for name, _ in net.named_modules()), "factors are no layers"
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit", "lora", "dora", "lokr", "diffscaler"])
+def test_layer_methods_train_on_a_transformer_s_student(method: str) -> None:
+    net = student_net(functools.partial(dit, tied=True))
+    torch.manual_seed(1)
+    tuner = tuner_class(method).build(method_config(method, {}), net, (), 4)
+    family = family_of_denoiser({**net.config, "_class_name": type(net).__name__})  # type: ignore[dict-item]
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), {"label": torch.tensor([0, 3])}
+    base = family.output(net, *inputs)
+    model = TunedBackbone(net, tuner)
+    assert torch.equal(model(*inputs), base)
+    with torch.no_grad():
+        for parameter in tuner.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model(*inputs).square().mean().backward()
+    assert [name for name, p in tuner.named_parameters() if p.grad is None or not p.grad.any()] == []
+    model.attachment.detach()
+    assert torch.equal(family.output(net, *inputs), base)
 
 
 def test_layers_have_the_teacher_s_names_and_widths() -> None:
@@ -279,12 +327,63 @@ def test_a_damaged_student_is_refused_with_the_file_s_name(base: Backbone, tmp_p
     wrong = [
         ("{", "student.json cannot be read"), (json.dumps({**good, "format": 9}), "another version"),
         (json.dumps({**good, "ranks": {**good["ranks"], name: good["ranks"][name] + 1}}), "do not fit student.json"),
-        (json.dumps({**good, "ranks": {**good["ranks"], "down_blocks.7": 1}}), "a layer that is not there"),
+        (json.dumps({**good, "ranks": {**good["ranks"], "down_blocks.7": 1}}), "'down_blocks.7', which is no linear"),
+        (json.dumps({**good, "ranks": {**good["ranks"], "conv_norm_out": 1}}), "'conv_norm_out', which is no linear"),
+        *((json.dumps({**good, "ranks": {name: rank}}), "not a whole number") for rank in (0, -1, "3")),
+        (json.dumps({**good, "ranks": [1]}), "cannot be read"), (json.dumps({**good, "form": "x"}), "form 'x'"),
+        (json.dumps({**good, "ancestors": ["abc"]}), "not SHA-256"),
     ]  # fmt: skip
     for text, message in wrong:
         file.write_text(text)
         with pytest.raises(SctoolError, match=message):
             load_backbone(str(folder))
+        if "do not fit" not in message:  # shapes alone are built without weights
+            with pytest.raises(UsageError, match=message):
+                architecture(str(folder)).denoiser()
+
+
+def test_a_student_of_half_precision_files_stands_alone(tiny_base: Path, tmp_path: Path) -> None:
+    teacher = shutil.copytree(tiny_base, tmp_path / "teacher")
+    for file in list(teacher.glob("*/*.safetensors")):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    (teacher / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    base = load_backbone(str(teacher))
+    denoiser, student = make(base, StudentConfig())
+    folder = save_student(tmp_path / "student", base, denoiser, student, "")
+    assert load_backbone(str(folder)).vae_hash == base.vae_hash
+    assert not [file for file in folder.rglob("*") if ".fp16." in file.name or file.suffix == ".bin"]
+    (teacher / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(
+        (teacher / "vae" / "diffusion_pytorch_model.fp16.safetensors").read_bytes()
+    )
+    both = save_student(tmp_path / "both", base, denoiser, student, "")
+    assert [file.name for file in (both / "vae").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_embedders_that_differ_are_not_made_one(tmp_path: Path) -> None:
+    base = load_backbone("mini-dit")
+    block = base.denoiser.transformer_blocks[1]  # type: ignore[index]
+    block.norm1.emb = copy.deepcopy(block.norm1.emb)
+    with pytest.raises(DoesNotFit, match="embedders differ"):
+        make(base, StudentConfig())
+
+
+def test_a_low_rank_student_is_densified_before_it_is_pruned() -> None:
+    base = load_backbone("mini")
+    denoiser, _ = make(base, StudentConfig())
+    with base.replaced(denoiser), pytest.raises(DoesNotFit, match="densify it first"):
+        make(base, StudentConfig(prune="small"))
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4), (6, 200), (200, 6)])
+def test_the_decomposition_by_a_triangular_factor_is_the_svd(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    left, values, right = svd(matrix)
+    torch.testing.assert_close(left * values @ right, matrix, rtol=0, atol=1e-12)
+    torch.testing.assert_close(values, torch.linalg.svdvals(matrix), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(singular_values(matrix), values, rtol=1e-12, atol=1e-12)
+    unit = torch.eye(min(shape)).double()
+    torch.testing.assert_close(left.mT @ left, unit, rtol=0, atol=1e-12)
+    torch.testing.assert_close(right @ right.mT, unit, rtol=0, atol=1e-12)
 
 
 def test_pruning_fits_only_such_u_nets() -> None:
