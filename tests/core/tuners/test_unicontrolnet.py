@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -256,17 +257,13 @@ def test_tied_weights_stay_tied_in_a_copy() -> None:
 
 @BOTH
 def test_gradient_checkpointing_recomputes_the_copy_too(method: str) -> None:
-    outs, saved = [], []
+    latents, t, text, hint = given()
+    inputs, rows, outs, saved = Inputs(latents, t, {"encoder_hidden_states": text}), {"prompt_embeds": text}, [], []
     for checkpointing in (False, True):
-        net, (latents, t, text, hint) = unet(layers_per_block=2).double(), given()
+        net = unet(layers_per_block=2).double()
         tuner = build(method, net)
         model = build_model(net, tuner, checkpointing=checkpointing)
-        rows = {"prompt_embeds": text}
-        saved.append(
-            saved_bytes(
-                model, lambda: tuner.encode({"canny": hint}, Inputs(latents, t, {"encoder_hidden_states": text}))
-            )
-        )  # noqa: B023, E501
+        saved.append(saved_bytes(model, partial(tuner.encode, {"canny": hint}, inputs)))
         first = model(latents, t, rows, {"canny": hint}).square().mean()
         second = model(latents, t, rows, {"canny": 1 - hint}).square().mean()  # features change before the backward
         (first + second).backward()
@@ -290,6 +287,24 @@ def test_low_precision_keeps_float32_weights(method: str, dtype: torch.dtype) ->
     assert low.dtype == dtype
     assert {p.dtype for p in tuner.parameters()} == {torch.float32}
     assert (low.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@BOTH
+@pytest.mark.parametrize("other", ["bitfit", "difffit"])
+def test_low_precision_beside_methods_that_train_the_base_s_weights(method: str, other: str) -> None:
+    net, (latents, t, text, hint) = unet(), given(dtype=torch.float32)
+    tuner, swapping = build(method, net), tuner_class(other).build(method_config(other, {}), net)
+    with torch.no_grad():
+        for parameter in swapping.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        with tuned(net, swapping, tuner):
+            exact = net(latents, t, text, cross_attention_kwargs=channel({"canny": hint})).sample
+        net.to(torch.bfloat16)
+        latents, text = latents.bfloat16(), text.bfloat16()
+        for pair in ((swapping, tuner), (tuner, swapping)):
+            with tuned(net, *pair):
+                low = net(latents, t, text, cross_attention_kwargs=channel({"canny": hint})).sample
+            assert (low.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
 # -------------------------------------------------------------------------------------------------------- refusals
