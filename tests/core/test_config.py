@@ -105,6 +105,7 @@ def test_the_documented_defaults() -> None:
     assert (train.steps, train.batch, train.accumulate, train.warmup) == (1000, 8, 1, 0)
     assert (train.schedule, train.snr_gamma, train.ema, train.seed) == ("constant", None, 0.0, 0)
     assert (train.caption_dropout, train.hint_dropout, train.flip, train.val_count) == (0.1, 0.0, False, 64)
+    assert (train.hint_keep_all, train.hint_drop_all) == (0.0, 0.0)
     assert (train.guidance, train.preview_steps, train.precision) == (None, 20, "auto")
     assert (sample.scheduler, sample.steps, sample.guidance, sample.rescale) == ("ddim", 50, None, 0.0)
     assert [family.guidance for family in FAMILIES] == [7.5, 7.5, 4.0]

@@ -30,3 +30,35 @@ def test_memory_is_weights_gradients_moments_average_and_activations(tiny_base: 
     assert (figures["images"], figures["held_out"], figures["batch"], figures["steps"]) == (9, 2, 6, 30)
     assert figures["epochs"] == pytest.approx(30 * 6 / 9)
     assert (figures["size"], figures["precision"]) == (32, "bf16")
+
+
+def test_trained_stored_and_total_parameters_are_apart(tiny_base: Path, edges: Path) -> None:
+    trained = {}
+    for method in ("full", "uni-controlnet", "elr"):
+        cond = () if method == "full" else ("canny",)
+        figures = plan(tiny_base, edges, method=method, cond=cond)
+        trained[method] = figures["trainable"]
+        assert figures["stored"] == figures["trainable"]
+        replaced = figures["frozen"] if method == "full" else 0
+        assert figures["total"] == figures["frozen"] + figures["trainable"] - replaced
+    assert "the copy's weights are the base's own" in figures["sites"]
+    assert trained["elr"] < trained["uni-controlnet"], "the copy is not the tuner's"
+    plain = plan(tiny_base, edges, method="elr", cond=("canny",))["activations_per_image"]
+    lean = plan(tiny_base, edges, method="elr", cond=("canny",), checkpointing=True)["activations_per_image"]
+    assert lean < 0.7 * plain
+
+
+def test_the_total_of_several_tasks_counts_the_base_once(tiny_base: Path, edges: Path) -> None:
+    from sctool.core.tasks import task_configs
+    from sctool.core.training.lanes import TaskSet
+    from sctool.core.training.plan import plan_tasks
+
+    config = TrainConfig(
+        base=str(tiny_base),
+        data=str(edges),
+        tasks=({"name": "a"}, {"name": "b"}),  # pyright: ignore[reportArgumentType]
+    )
+    sets = {task: TaskSet(*open_training_sets(own, 32, quiet=True)) for task, own in task_configs(config).items()}
+    figures = plan_tasks(config, sets)
+    assert figures["total"] == figures["frozen"] + figures["trainable"]
+    assert figures["stored"] == figures["trainable"] == 2 * figures["tasks"]["a"]["trainable"]
