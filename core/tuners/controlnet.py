@@ -20,7 +20,7 @@ from ..backbones.thin import THIN, make_dense
 from ..errors import DoesNotFit, SctoolError, UsageError
 from ..sites.site import Call, Features, Inputs
 from ..sites.skips import Middle, Skip, middle, skips
-from .base import SiteTuner
+from .base import SiteTuner, in_precision_of
 from .configs import ControlNetConfig
 
 diffusers_logging.set_verbosity_error()  # it warns of modules to be kept in float32, where all are
@@ -82,10 +82,16 @@ class ControlNet(SiteTuner):
         """The models by condition."""
         return dict(self.nets.items())
 
+    def recompute(self) -> None:
+        """Gradient checkpointing in the copies."""
+        for net in self.in_diffusers().values():
+            net.enable_gradient_checkpointing()
+
     def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
         """What each condition's net adds: its skips, in encoder order, and last the middle block."""
         assert inputs is not None
-        return {name: self._states(self.nets[name], hint, inputs) for name, hint in hints.items()}
+        with in_precision_of(inputs.latents):
+            return {name: self._states(self.nets[name], hint, inputs) for name, hint in hints.items()}
 
     @staticmethod
     def _states(net: Any, hint: Tensor, inputs: Inputs) -> list[Tensor]:
