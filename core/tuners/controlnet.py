@@ -45,14 +45,16 @@ def stock(denoiser: nn.Module) -> nn.Module:
 
 def check_u_net(denoiser: nn.Module, method: str, whole: bool = False) -> None:
     """Raises `DoesNotFit` for a denoiser without skip connections or, if `whole`, without a middle block."""
+    name = type(denoiser).__name__
     try:
         skips(denoiser)
-        if whole:
-            middle(denoiser)
     except SctoolError as error:
         raise DoesNotFit(
-            f"{method} is for U-Nets: {error} Methods for every denoiser are diffscaler and lora."
+            f"{method} is for U-Nets with skip connections, and a {name} has none that can be edited. "
+            "A method with maps for every denoiser is diffscaler."
         ) from error
+    if whole and getattr(denoiser, "mid_block", None) is None:
+        raise DoesNotFit(f"{method} needs a middle block, and this {name} has none. Use --method t2i-adapter or scedit.")
 
 
 class ControlNet(SiteTuner):

@@ -217,6 +217,9 @@ def test_only_u_nets_with_maps() -> None:
             tuner_class(method).build(method_config(method, {}), dit(), ("canny",), 4)
         with pytest.raises(DoesNotFit, match="add --cond"):
             tuner_class(method).build(method_config(method, {}), unet(), (), 4)
+    for method in ("controlnet", "controlnet-xs"):
+        with pytest.raises(DoesNotFit, match="needs a middle block"):
+            tuner_class(method).build(method_config(method, {}), unet(mid_block_type=None), ("canny",), 4)
 
 
 def test_the_papers_counts() -> None:
