@@ -202,7 +202,8 @@ def test_every_method_trains_on_a_student(method: str, form: Any) -> None:
     family = family_of_denoiser(net.config)  # type: ignore[arg-type]
     base = family.output(net, *inputs)
     model = TunedBackbone(net, tuner)
-    assert torch.equal(model(*inputs, hints or None), base), "a new tuner changes nothing"
+    # ControlNet-XS copies the time embedding, multiplied out: another order of sums
+    torch.testing.assert_close(model(*inputs, hints or None), base, rtol=0, atol=1e-5 * (method == "controlnet-xs"))
     optimizer = torch.optim.SGD(tuner.parameters(), 0.1)
     for _ in range(2):
         optimizer.zero_grad()
