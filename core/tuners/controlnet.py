@@ -54,7 +54,7 @@ def check_u_net(denoiser: nn.Module, method: str, whole: bool = False) -> None:
             "A method with maps for every denoiser is diffscaler."
         ) from error
     if whole and getattr(denoiser, "mid_block", None) is None:
-        raise DoesNotFit(f"{method} needs a middle block, and this {name} has none. Use --method t2i-adapter or scedit.")
+        raise DoesNotFit(f"{method} needs a middle block; this {name} has none. Use --method t2i-adapter or scedit.")
 
 
 class ControlNet(SiteTuner):
