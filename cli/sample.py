@@ -255,13 +255,13 @@ class Sampler:
 
 
 def base_of(chosen: list[Chosen]) -> str:
-    """The base that the first tuner was trained on; mini without tuners. Raises `UsageError` where it does not say."""
-    if not chosen:
-        return "mini"
-    try:
-        return chosen[0].meta["base"]["id"]
-    except KeyError:
-        raise UsageError(f"{chosen[0].name} does not say which base it is for; give --base.") from None
+    """The base of the first tuner that says it; mini without tuners. Raises `UsageError` where none does."""
+    for one in chosen:
+        if "base" in one.meta:
+            return one.meta["base"]["id"]
+    if chosen:
+        raise UsageError(f"{chosen[0].name} does not say which base it is for; give --base.")
+    return "mini"
 
 
 def split_scale(text: str) -> tuple[str, float]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from .backbones.bases import ASSETS
 from .errors import SctoolError, UsageError
-from .files import replacing, save_tensors, write_json
-from .published import published_file, published_meta
+from .files import replacing, replacing_folder, save_tensors, write_json
+from .published import OURS, published_file, published_meta
 from .runs import several
 from .tuners import method_config, tuner_class
 
@@ -125,6 +125,26 @@ def save_tuner(
         save_tensors(tensors, temporary, {"format": "pt", "sctool": json.dumps(meta, sort_keys=True)})
     write_json(file.with_suffix(".json"), {**more, **meta})
     return file
+
+
+def save_in_diffusers(
+    folder: Path, model: Any, condition: str, backbone: Backbone, maps: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a tuner's `model` of one condition (see `Tuner.in_diffusers`) as a folder that diffusers loads. Atomic.
+
+    A file beside the weights says what diffusers' format has no place for. `maps` as `describe`.
+    Raises `SctoolError` when it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    base = {"id": backbone.id, "hash": backbone.hash, "family": backbone.family.name}
+    made = {name: how for name, how in (maps or {}).items() if name == condition}
+    with replacing_folder(folder) as temporary:
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from error
+        write_json(temporary / OURS, {"condition": condition, "maps": made, "base": base, "licence": backbone.licence})
 
 
 def load_tuner(path: str | Path, target: Backbone | nn.Module, force: bool = False) -> Tuner:

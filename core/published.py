@@ -1,6 +1,7 @@
 """Adapters in diffusers' own format: folders that are read as tuners, and that ours are also written as.
 
-Imports no torch. Which base such an adapter is for it does not say: its shapes must fit.
+Imports no torch. Which base a published adapter is for it does not say: its shapes must fit. Ours say it, and which
+condition they are for.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from .data.conditions import MAP_FOLDERS
 from .errors import UsageError
 
 WEIGHTS = "diffusion_pytorch_model"
+OURS = "sctool.json"
+"""Beside the weights that were trained here: condition, how its maps were made, and the base."""
+ONLY = {
+    "controlnet_conditioning_channel_order": "rgb",
+    "conditioning_channel_order": "rgb",
+    "global_pool_conditions": False,
+}
+"""Settings that shapes do not betray, and the only values that are supported."""
 SYNONYMS = {"openpose": "pose", "inpaint": "mask", "softedge": "hed", "scribble": "sketch", "segmentation": "seg"}
 """Names in published folders, and what the condition is called here."""
 
@@ -53,18 +62,22 @@ def published_file(folder: Path) -> Path | None:
 def published_meta(file: Path) -> dict[str, Any] | None:
     """The description of a diffusers adapter's weights as that of a tuner file; None for any other file.
 
-    `prefix` is what its weights' names begin with here. Raises `UsageError` where the condition cannot be told.
+    `prefix` is what its weights' names begin with here. Raises `UsageError` where the condition cannot be told, and for
+    an adapter that reads its map in another way than those trained here.
     """
     config = _config(file.parent) if file.name.startswith(WEIGHTS) else {}
     kind = KINDS.get(str(config.get("_class_name")))
     if kind is None:
         return None
-    condition = condition_in(file.parent)
+    check_supported(file.parent, config)
+    ours = _json(file.parent / OURS)
+    condition = ours.get("condition") or condition_in(file.parent)
     return {
         "method": kind.method,
         "config": _settings(kind.method, config),
         "conditions": [condition],
-        "maps": {},
+        "maps": ours.get("maps", {}),
+        **({"base": ours["base"]} if "base" in ours else {}),
         "vae_scale": _factor(config),
         "prefix": f"{kind.prefix}.{condition}.",
     }
@@ -73,7 +86,7 @@ def published_meta(file: Path) -> dict[str, Any] | None:
 def _settings(method: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The method's own settings that give a model of this diffusers config."""
     if method == "t2i-adapter":
-        return {"blocks": config.get("num_res_blocks", 2)}
+        return {"blocks": config.get("num_res_blocks", 2), "channels": config.get("in_channels", 3)}
     if method == "controlnet-xs":
         heads = config.get("num_attention_heads", 4)
         widths = config.get("block_out_channels", (4, 8, 16, 16))
@@ -82,8 +95,18 @@ def _settings(method: str, config: Mapping[str, Any]) -> dict[str, Any]:
             "ratio": max(own / other for own, other in zip(widths, theirs, strict=False)),
             "heads": [heads] * len(widths) if isinstance(heads, int) else heads,
             "time_embedding": config.get("learn_time_embedding", False),
+            "time_mix": config.get("time_embedding_mix", 1.0),
         }
     return {}
+
+
+def check_supported(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for an adapter of a kind, or with a setting, that methods here do not have."""
+    if config.get("adapter_type") == "light_adapter":
+        raise UsageError(f"tuner '{folder}' is a light T2I-Adapter; only full ones are supported.")
+    for key, value in ONLY.items():
+        if config.get(key, value) != value:
+            raise UsageError(f"tuner '{folder}' has {key}={config[key]}; only {value} is supported.")
 
 
 def condition_in(folder: Path) -> str:
@@ -107,8 +130,12 @@ def _factor(config: Mapping[str, Any]) -> int:
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    return _json(folder / "config.json")
+
+
+def _json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads((folder / "config.json").read_text())
+        value = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

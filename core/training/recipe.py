@@ -8,11 +8,10 @@ import torch
 
 from ..backbones.loading import Backbone, load_backbone
 from ..backbones.upsampling import fold_upsampling
-from ..checkpoint import save_tuner
+from ..checkpoint import save_in_diffusers, save_tuner
 from ..config import TrainConfig
 from ..devices import choose_precision, torch_dtype
 from ..errors import UsageError
-from ..files import replacing_folder
 from ..runs import Run
 from .card import write_card
 from .objective import DiffusionObjective, Objective
@@ -50,8 +49,7 @@ class Recipe:
                 lane.run.tuner, lane.tuner, lane.backbone, maps=lane.set.map_meta, task=lane.name, run=t.run.name
             )
             for condition, model in lane.tuner.in_diffusers().items():
-                with replacing_folder(lane.run.in_diffusers(condition)) as folder:
-                    model.save_pretrained(folder)
+                save_in_diffusers(lane.run.in_diffusers(condition), model, condition, lane.backbone, lane.set.map_meta)
         write_card(t.run, t.config, t.backbone, t.lanes, summary)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -168,6 +169,12 @@ class SiteTuner(Tuner):
         weights = {**self.weights, **(terms.weights or {})}
         normalize = self.normalize if terms.normalize is None else terms.normalize
         return Wiring.add(denoiser, self, terms.scale, weights, normalize, terms.task)
+
+
+def in_precision_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, a tuner's float32 networks compute in the precision of x where that is a half one, else as they are."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return torch.autocast(x.device.type, x.dtype) if half else nullcontext()
 
 
 def known_conditions(names: Mapping[str, Any], conditions: tuple[str, ...]) -> None:

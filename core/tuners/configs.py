@@ -107,6 +107,7 @@ class T2IAdapterConfig(Config):
     """T2I-Adapter (Mou et al. 2023, arXiv 2302.08453) as diffusers has it."""
 
     blocks: int = Field(2, ge=1, description="residual blocks per level")
+    channels: Literal[1, 3] = Field(3, description="channels of the map: 3 for RGB, 1 for the mean of the three")
     start: Literal["zero", "random"] = Field(
         "zero", description="zero: training starts at the base; random: as published"
     )
@@ -153,3 +154,6 @@ class ControlNetXSConfig(Config):
         None, description="attention heads per level; the base's times ratio when not given"
     )
     time_embedding: bool = Field(True, description="a time embedding of its own, which starts as the base's")
+    time_mix: float = Field(
+        1.0, ge=0, le=1, description="m, its own time embedding's share being m^0.3; the base's has the rest"
+    )

@@ -20,7 +20,7 @@ from ..backbones.thin import THIN, make_dense
 from ..errors import DoesNotFit, SctoolError, UsageError
 from ..sites.site import Call, Features, Inputs
 from ..sites.skips import Middle, Skip, middle, skips
-from .base import SiteTuner
+from .base import SiteTuner, in_precision_of
 from .configs import ControlNetConfig
 
 diffusers_logging.set_verbosity_error()  # it warns of modules to be kept in float32, where all are
@@ -45,14 +45,16 @@ def stock(denoiser: nn.Module) -> nn.Module:
 
 def check_u_net(denoiser: nn.Module, method: str, whole: bool = False) -> None:
     """Raises `DoesNotFit` for a denoiser without skip connections or, if `whole`, without a middle block."""
+    name = type(denoiser).__name__
     try:
         skips(denoiser)
-        if whole:
-            middle(denoiser)
     except SctoolError as error:
         raise DoesNotFit(
-            f"{method} is for U-Nets: {error} Methods for every denoiser are diffscaler and lora."
+            f"{method} is for U-Nets with skip connections, and a {name} has none that can be edited. "
+            "A method with maps for every denoiser is diffscaler."
         ) from error
+    if whole and getattr(denoiser, "mid_block", None) is None:
+        raise DoesNotFit(f"{method} needs a middle block; this {name} has none. Use --method t2i-adapter or scedit.")
 
 
 class ControlNet(SiteTuner):
@@ -82,10 +84,16 @@ class ControlNet(SiteTuner):
         """The models by condition."""
         return dict(self.nets.items())
 
+    def recompute(self) -> None:
+        """Gradient checkpointing in the copies."""
+        for net in self.in_diffusers().values():
+            net.enable_gradient_checkpointing()
+
     def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
         """What each condition's net adds: its skips, in encoder order, and last the middle block."""
         assert inputs is not None
-        return {name: self._states(self.nets[name], hint, inputs) for name, hint in hints.items()}
+        with in_precision_of(inputs.latents):
+            return {name: self._states(self.nets[name], hint, inputs) for name, hint in hints.items()}
 
     @staticmethod
     def _states(net: Any, hint: Tensor, inputs: Inputs) -> list[Tensor]:

@@ -3,7 +3,8 @@
 One `ControlNetXSAdapter` per condition. After every part of the base's encoder the adapter's own part runs on its own
 stream joined with the base's, and adds to the base's through a zero convolution; its states also add to the decoder.
 diffusers merges the two into one model, in which the base's norms have another epsilon (1e-6) than in Stable Diffusion.
-Here the same adapter acts through hooks on the base, which stays as it is.
+Here the same adapter acts through hooks on the base, which stays as it is. A scale or weight here also scales what its
+time embedding changes, so that 0 is the base; diffusers' `conditioning_scale` leaves that out.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from ..errors import DoesNotFit
 from ..sites.entries import Entry
 from ..sites.outputs import Output
 from ..sites.site import Call, Features, Inputs
-from .base import SiteTuner
+from .base import SiteTuner, in_precision_of
 from .configs import ControlNetXSConfig
 from .controlnet import check_u_net, encoder_widths
 
 Site = Entry | Output
+LATENT_CHANNELS = 4
+"""Those that diffusers' adapter reads."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,12 @@ class Part:
     """One part of the base's encoder and the adapter's counterpart: where it begins and ends in the base.
 
     `block` is a level of the encoder, or None for the first convolution and the middle block; `place` is the part's
-    within the level, None for the downsampler.
+    within the level, None for the downsampler. `width` is that of its output.
     """
 
     begin: str
     end: str
+    width: int
     block: int | None = None
     place: int | None = None
 
@@ -44,15 +48,15 @@ def encoder_parts(denoiser: Any) -> list[Part]:
     """The parts after the first convolution, in order; the last is the middle block."""
     parts = []
     for index, block in enumerate(denoiser.down_blocks):
-        attentions = getattr(block, "attentions", None)
+        attentions, width = getattr(block, "attentions", None), block.resnets[-1].out_channels
         for place in range(len(block.resnets)):
             begin = f"down_blocks.{index}.resnets.{place}"
             end = f"down_blocks.{index}.attentions.{place}" if attentions else begin
-            parts.append(Part(begin, end, index, place))
+            parts.append(Part(begin, end, width, index, place))
         if block.downsamplers:
             name = f"down_blocks.{index}.downsamplers.0"
-            parts.append(Part(name, name, index))
-    return [*parts, Part("mid_block", "mid_block")]
+            parts.append(Part(name, name, width, index))
+    return [*parts, Part("mid_block", "mid_block", denoiser.mid_block.resnets[-1].out_channels)]
 
 
 class ControlNetXS(SiteTuner):
@@ -80,17 +84,19 @@ class ControlNetXS(SiteTuner):
         self.decoder = {site.name: place for place, site in enumerate(decoder)}
         self.begins = {part.begin: place for place, part in enumerate(self.parts)}
         self.ends = {part.end: place for place, part in enumerate(self.parts)}
-        sites: list[Site] = [Output("conv_in", denoiser.config["block_out_channels"][0])]
+        width: int = denoiser.config["block_out_channels"][0]  # type: ignore[index]
+        sites: list[Site] = [Output("conv_in", width)]
         if config.time_embedding:
-            sites += [Entry("time_embedding"), Output("time_embedding", 4 * denoiser.config["block_out_channels"][0])]
+            sites += [Entry("time_embedding"), Output("time_embedding", 4 * width)]
         sites += [Entry(part.begin) for part in self.parts]
-        sites += [Output(part.end, 0) for part in self.parts]
+        sites += [Output(part.end, part.width) for part in self.parts]
         super().__init__(config, [*sites, *decoder], conditions, vae_scale)
         self.adapters = nn.ModuleDict({name: new_adapter(config, denoiser, vae_scale) for name in conditions})
 
     def in_diffusers(self) -> dict[str, Any]:
-        """The models by condition."""
-        return dict(self.adapters.items())
+        """The models by condition; {} on a base that diffusers' adapter cannot say it is for."""
+        models: dict[str, Any] = dict(self.adapters.items())
+        return models if all(model.conv_in.in_channels == LATENT_CHANNELS for model in models.values()) else {}
 
     def describe_sites(self) -> list[str]:
         """The parts of the encoder and the decoder's layers."""
@@ -99,14 +105,20 @@ class ControlNetXS(SiteTuner):
     def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
         """What every condition's stream starts with, and the text; everything else is computed with the base."""
         assert inputs is not None
-        dtype = next(self.parameters()).dtype
         text = inputs.conditioning.get("encoder_hidden_states")
         features: dict[str, Any] = {}
-        for name, hint in hints.items():
-            adapter: Any = self.adapters[name]
-            start = adapter.conv_in(inputs.latents.to(dtype)) + adapter.controlnet_cond_embedding(hint.to(dtype))
-            features[name] = {"start": start, "text": None if text is None else text.to(dtype)}
+        with in_precision_of(inputs.latents):
+            for name, hint in hints.items():
+                adapter: Any = self.adapters[name]
+                start = adapter.conv_in(self._cast(inputs.latents)) + adapter.controlnet_cond_embedding(
+                    self._cast(hint)
+                )
+                features[name] = {"start": start, "text": None if text is None else self._cast(text)}
         return features
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """x in the weights' precision, unless `in_precision_of` takes care of it."""
+        return x if x.dtype in (torch.float16, torch.bfloat16) else x.to(next(self.parameters()).dtype)
 
     def delta(self, site: Site, x: Tensor, call: Call) -> Tensor | None:
         """What the conditions that have a hint add; where the base's parts begin only their input is noted."""
@@ -114,14 +126,15 @@ class ControlNetXS(SiteTuner):
         if not named:
             return None
         if isinstance(site, Entry) and site.name not in self.decoder:
-            call.scratch[site.name] = x.to(next(self.parameters()).dtype)
+            call.scratch[site.name] = self._cast(x)
             if call.given is not None:
-                call.scratch["emb"] = call.given.to(next(self.parameters()).dtype)
+                call.scratch["emb"] = self._cast(call.given)
             return None
         total = None
-        for name, alpha in named.items():
-            part = alpha * self._added(site, x, call, name)
-            total = part if total is None else total + part
+        with in_precision_of(x):
+            for name, alpha in named.items():
+                part = alpha * self._added(site, x, call, name)
+                total = part if total is None else total + part
         return total
 
     def _added(self, site: Site, x: Tensor, call: Call, name: str) -> Tensor:
@@ -174,6 +187,7 @@ def new_adapter(config: ControlNetXSConfig, denoiser: Any, vae_scale: int) -> An
         size_ratio=config.ratio,
         num_attention_heads=heads(config, denoiser),
         learn_time_embedding=config.time_embedding,
+        time_embedding_mix=config.time_mix,  # type: ignore[arg-type]
         conditioning_embedding_out_channels=encoder_widths(vae_scale),
     ).to(torch.float32)  # type: ignore[arg-type]
     if denoiser.conv_in.in_channels != adapter.conv_in.in_channels:

@@ -1,7 +1,8 @@
 """T2I-Adapter (Mou et al. 2023, arXiv 2302.08453): features of the map, added in the encoder, by diffusers' own model.
 
 One `T2IAdapter` per condition reads the map alone, so it runs once per image and not once per step. Its features are
-added where diffusers' U-Net adds `down_intrablock_additional_residuals`: at the end of every level's blocks.
+added where diffusers' U-Net adds `down_intrablock_additional_residuals`: at the end of every level's blocks. SDXL's
+adapters are of another kind: they start at half the latents' sides, and the fourth level is the middle block.
 
 Departure: the published adapter starts with random features. Here its first convolution and all biases start at zero,
 so that training starts at the base; `start=random` is the original.
@@ -37,14 +38,11 @@ class T2I(SiteTuner):
         check_u_net(denoiser, self.method)
         if not conditions:
             raise DoesNotFit(f"{self.method} is controlled by condition maps; add --cond, e.g. --cond canny.")
-        xl = denoiser.config.get("addition_embed_type") == "text_time"
-        sites = levels(denoiser)
-        if xl:
-            sites.append(middle(denoiser))
+        kind, sites = fitting_kind(denoiser)
         super().__init__(config, sites, conditions, vae_scale)
         self.places = {site.name: place for place, site in enumerate(sites) if isinstance(site, Output)}
         widths = [site.width if isinstance(site, Output) else site.channels for site in sites]
-        self.adapters = nn.ModuleDict({name: new_adapter(config, widths, vae_scale, xl) for name in conditions})
+        self.adapters = nn.ModuleDict({name: new_adapter(config, widths, vae_scale, kind) for name in conditions})
 
     def in_diffusers(self) -> dict[str, Any]:
         """The models by condition."""
@@ -52,11 +50,11 @@ class T2I(SiteTuner):
 
     def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
         """Features (B, C_i, h_i, w_i) of each level, for each given hint."""
-        return {name: self.adapters[name](hint.to(self._dtype)) for name, hint in hints.items()}
+        dtype = next(self.parameters()).dtype
+        return {name: self.adapters[name](self._read(hint).to(dtype)) for name, hint in hints.items()}
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+    def _read(self, hint: Tensor) -> Tensor:
+        return hint.mean(1, keepdim=True) if self.config.channels == 1 else hint
 
     def delta(self, site: Output | Middle, x: Tensor, call: Call) -> Tensor | None:
         """The weighted sum over the conditions that have a hint; None without any."""
@@ -68,12 +66,28 @@ class T2I(SiteTuner):
         return total
 
 
-def levels(denoiser: Any) -> list[Any]:
-    """Where diffusers' U-Net adds an adapter's features.
+def fitting_kind(denoiser: Any) -> tuple[str, list[Any]]:
+    """diffusers' kind of adapter whose features have the sides of the denoiser's levels, and their sites.
+
+    Raises `DoesNotFit` where none has.
+    """
+    sites, halvings = levels(denoiser)
+    if halvings == list(range(len(sites))):
+        return "full_adapter", sites
+    if halvings == [1, 1, 2] and denoiser.mid_block is not None:
+        return "full_adapter_xl", [*sites, middle(denoiser)]
+    raise DoesNotFit(
+        f"t2i-adapter's features have the sides of Stable Diffusion's levels or of SDXL's; this U-Net's are halved "
+        f"{', '.join(map(str, halvings))} times where they are added. Use --method controlnet or scedit."
+    )
+
+
+def levels(denoiser: Any) -> tuple[list[Any], list[int]]:
+    """Where diffusers' U-Net adds an adapter's features, and how often the latents' sides are halved there.
 
     In a level with attention before its downsampling, in one without after it.
     """
-    sites = []
+    sites, halvings, before = [], [], 0
     for index, block in enumerate(denoiser.down_blocks):
         width = block.resnets[-1].out_channels
         attentions, downsamplers = getattr(block, "attentions", None), block.downsamplers
@@ -83,14 +97,21 @@ def levels(denoiser: Any) -> list[Any]:
             sites.append(Output(f"down_blocks.{index}.downsamplers.{len(downsamplers) - 1}", width))
         else:
             sites.append(Output(f"down_blocks.{index}.resnets.{len(block.resnets) - 1}", width))
-    return sites
+        after = before + len(downsamplers or ())
+        halvings.append(before if attentions else after)
+        before = after
+    return sites, halvings
 
 
-def new_adapter(config: T2IAdapterConfig, widths: list[int], vae_scale: int, xl: bool) -> Any:
-    """A `T2IAdapter` for levels of these widths; SDXL's is of the kind that its own adapters are."""
-    kind, factor = ("full_adapter_xl", 2 * vae_scale) if xl else ("full_adapter", vae_scale)
+def new_adapter(config: T2IAdapterConfig, widths: list[int], vae_scale: int, kind: str) -> Any:
+    """A `T2IAdapter` of that kind for levels of these widths."""
+    factor = 2 * vae_scale if kind == "full_adapter_xl" else vae_scale
     adapter = T2IAdapter(
-        in_channels=3, channels=widths, num_res_blocks=config.blocks, downscale_factor=factor, adapter_type=kind
+        in_channels=config.channels,
+        channels=widths,
+        num_res_blocks=config.blocks,
+        downscale_factor=factor,
+        adapter_type=kind,
     )
     if config.start == "zero":
         with torch.no_grad():

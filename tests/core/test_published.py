@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from diffusers import (
 from PIL import Image
 
 from sctool.core.backbones.loading import Backbone, load_backbone
-from sctool.core.checkpoint import load_tuner, read_meta
+from sctool.core.checkpoint import load_tuner, read_meta, save_tuner
 from sctool.core.config import SampleConfig, TrainConfig
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.published import condition_in
@@ -94,12 +95,37 @@ def test_what_was_trained_here_is_written_in_diffusers_format(
         validate_every=0, sample_every=0,
     )  # fmt: skip
     run = open_run(tmp_path, "run", config)
-    source, held_out, made = open_training_sets(config, 32, quiet=True)
-    train(config, run, source, held_out=held_out, map_meta=made, quiet=True)
-    own, theirs = load_tuner(run.tuner, base), MODELS[method].from_pretrained(run.path / "diffusers" / "canny")
+    source, held_out, _ = open_training_sets(config, 32, quiet=True)
+    train(config, run, source, held_out=held_out, map_meta={"canny": {"low": 7}}, quiet=True)
+    folder = run.path / "diffusers" / "canny"
+    own, theirs = load_tuner(run.tuner, base), MODELS[method].from_pretrained(folder)
     ours = own.in_diffusers()["canny"].state_dict()
     assert ours.keys() == theirs.state_dict().keys()
     assert all(torch.equal(value, ours[name]) for name, value in theirs.state_dict().items())
+    described = read_meta(folder)
+    assert (described["base"], described["maps"]) == (read_meta(run.tuner)["base"], read_meta(run.tuner)["maps"])
+    assert described["maps"] == {"canny": {"low": 7}}
+    renamed = folder.rename(tmp_path / "my own name")
+    assert load_tuner(renamed, base).conditions == ("canny",)
+    with pytest.raises(SctoolError, match="was trained on base"):
+        load_tuner(renamed, load_backbone("mini"))
+
+
+def test_training_goes_on_from_a_published_adapter(tiny_base: Path, edges: Path, tmp_path: Path) -> None:
+    from sctool.cli import run as sctool
+
+    folder = saved("controlnet", load_backbone(str(tiny_base)), tmp_path / "net-canny")
+    words = ["train", "--method", "controlnet", "--cond", "canny", "--base", tiny_base, "--data", edges]
+    quick = ["--steps", 1, "--batch", 2, "validate_every=0", "sample_every=0", "lr=1e-12", "weight_decay=0"]
+    assert (
+        sctool([str(w) for w in (*words, *quick, "--init", folder, "--out", tmp_path, "--name", "on", "--quiet")]) == 0
+    )
+    start, end = (
+        ControlNetModel.from_pretrained(folder),
+        ControlNetModel.from_pretrained(tmp_path / "on/diffusers/canny"),
+    )
+    for name, value in end.state_dict().items():
+        torch.testing.assert_close(value, start.state_dict()[name])
 
 
 def test_the_folder_s_name_says_the_condition() -> None:
@@ -121,6 +147,61 @@ def test_wrong_adapters_are_refused(base: Backbone, tmp_path: Path) -> None:
     (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
     with pytest.raises(UsageError, match="Re-save it with safetensors"):
         load_tuner(folder, base)
+
+
+def test_a_grey_adapter_reads_the_mean_of_the_map(base: Backbone, tmp_path: Path) -> None:
+    adapter = T2IAdapter(in_channels=1, channels=[8, 8, 16, 16], downscale_factor=4)
+    adapter.save_pretrained(tmp_path / "t2iadapter_canny_sd15v2")
+    tuner: Any = load_tuner(tmp_path / "t2iadapter_canny_sd15v2", base)
+    hint = torch.rand(1, 1, 32, 32)
+    with torch.no_grad():
+        ours, theirs = tuner.encode({"canny": hint.expand(1, 3, 32, 32)})["canny"], adapter(hint)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_share_of_the_time_embedding_is_read(base: Backbone, tmp_path: Path) -> None:
+    settings: Any = {"size_ratio": 0.5, "learn_time_embedding": True, "time_embedding_mix": 0.95}
+    settings |= {"num_attention_heads": [1, 1, 2, 2], "conditioning_embedding_out_channels": (16, 32, 96)}
+    adapter: Any = ControlNetXSAdapter.from_unet(base.denoiser, **settings)  # type: ignore[arg-type]
+    adapter.save_pretrained(tmp_path / "xs-canny")
+    tuner: Any = load_tuner(tmp_path / "xs-canny", base)
+    theirs = {name: value for name, value in adapter.config.items() if not name.startswith("_")}
+    assert {
+        name: list(v) if isinstance(v, tuple) else v
+        for name, v in tuner.adapters["canny"].config.items()
+        if not name.startswith("_")
+    } == {n: list(v) if isinstance(v, tuple) else v for n, v in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value", "said"),
+    [
+        ("controlnet", "controlnet_conditioning_channel_order", "bgr", "only rgb is supported"),
+        ("controlnet", "global_pool_conditions", True, "only False is supported"),
+        ("controlnet-xs", "conditioning_channel_order", "bgr", "only rgb is supported"),
+        ("t2i-adapter", "adapter_type", "light_adapter", "only full ones are supported"),
+    ],
+)
+def test_what_shapes_do_not_betray_is_refused_by_name(
+    method: str, key: str, value: Any, said: str, base: Backbone, tmp_path: Path
+) -> None:
+    folder = saved(method, base, tmp_path / "net-canny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UsageError, match=said):
+        load_tuner(folder, base)
+
+
+def test_a_tuner_that_says_its_base_says_it_for_a_published_one_beside_it(
+    base: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sctool.cli import run as sctool
+
+    folder = saved("t2i-adapter", base, tmp_path / "adapter-canny")
+    own = tuner_class("scedit").build(method_config("scedit", {}), base.denoiser, (), base.vae_scale)
+    tuners = ["--tuner", str(folder), "--tuner", str(save_tuner(tmp_path / "own", own, base))]
+    assert sctool(["sample", "a photo", *tuners, "--steps", "2", "--out", str(tmp_path / "out")]) == 0
 
 
 def test_sampling_with_one_asks_for_the_base(
