@@ -28,7 +28,11 @@ class Kind:
     prefix: str
 
 
-KINDS = {"ControlNetModel": Kind("controlnet", "nets"), "T2IAdapter": Kind("t2i-adapter", "adapters")}
+KINDS = {
+    "ControlNetModel": Kind("controlnet", "nets"),
+    "T2IAdapter": Kind("t2i-adapter", "adapters"),
+    "ControlNetXSAdapter": Kind("controlnet-xs", "adapters"),
+}
 
 
 def published_file(folder: Path) -> Path | None:
@@ -58,12 +62,28 @@ def published_meta(file: Path) -> dict[str, Any] | None:
     condition = condition_in(file.parent)
     return {
         "method": kind.method,
-        "config": {} if kind.method == "controlnet" else {"blocks": config.get("num_res_blocks", 2)},
+        "config": _settings(kind.method, config),
         "conditions": [condition],
         "maps": {},
         "vae_scale": _factor(config),
         "prefix": f"{kind.prefix}.{condition}.",
     }
+
+
+def _settings(method: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's own settings that give a model of this diffusers config."""
+    if method == "t2i-adapter":
+        return {"blocks": config.get("num_res_blocks", 2)}
+    if method == "controlnet-xs":
+        heads = config.get("num_attention_heads", 4)
+        widths = config.get("block_out_channels", (4, 8, 16, 16))
+        theirs = config.get("base_block_out_channels", (320, 640, 1280, 1280))
+        return {  # the ratio is rounded down at every level, so the largest is the one that gives all widths
+            "ratio": max(own / other for own, other in zip(widths, theirs, strict=False)),
+            "heads": [heads] * len(widths) if isinstance(heads, int) else heads,
+            "time_embedding": config.get("learn_time_embedding", False),
+        }
+    return {}
 
 
 def condition_in(folder: Path) -> str:

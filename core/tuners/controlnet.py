@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from ..backbones.thin import THIN, make_dense
@@ -22,6 +23,7 @@ from ..sites.skips import Middle, Skip, middle, skips
 from .base import SiteTuner
 from .configs import ControlNetConfig
 
+diffusers_logging.set_verbosity_error()  # it warns of modules to be kept in float32, where all are
 WIDTHS = (16, 32, 96, 256)
 """Of the map's encoder, which halves the sides between them: a factor of 8."""
 
@@ -115,4 +117,4 @@ TAKEN = ("encoder_hidden_states", "added_cond_kwargs", "class_labels", "timestep
 def new_net(denoiser: nn.Module, widths: tuple[int, ...]) -> Any:
     """A `ControlNetModel` with the denoiser's encoder in float32, and zero convolutions."""
     net = ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=widths)  # type: ignore[arg-type]
-    return net.to(torch.float32)
+    return nn.Module.to(net, torch.float32)  # diffusers' own `to` warns of nothing

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -58,7 +59,7 @@ def test_sd15(sd15, unet, label, expected):
 
 def test_uni_controlnets_figures_in_the_elr_paper(sd15, unet):
     variant = next(v for v in TUNERS["uni-controlnet"].variants if v.conditions == 7)
-    tuner = tuner_class("uni-controlnet").build(
+    tuner: Any = tuner_class("uni-controlnet").build(
         method_config("uni-controlnet", {}), unet, tuple(map(str, range(variant.conditions)))
     )
     whole = sum(p.numel() for p in unet.parameters()) + parameters(tuner)
@@ -159,8 +160,11 @@ def test_variants_that_a_base_does_not_allow_are_left_out_and_the_rest_counted()
     base = Architecture("own", {"_class_name": "UNet2DConditionModel", **small}, 8)
     rows = {row.variant.label: row for row in counts(base)}
     variants = [variant for method in TUNERS.values() for variant in method.variants]
+    others = {"ControlNet-XS"}  # is of U-Nets with two layers per block
     fitting = [
-        v.label for v in variants if "skips" not in v.settings and "blocks" not in (v.settings.get("layers") or ())
+        v.label
+        for v in variants
+        if "skips" not in v.settings and "blocks" not in (v.settings.get("layers") or ()) and v.label not in others
     ]
     assert [label for label in rows if label in fitting] == fitting
     assert not [label for label in rows if "skips" in label], "this base has four skips"

@@ -126,7 +126,7 @@ def test_one_hot_weights_give_back_one_tuner_and_no_dead_units() -> None:
 
 
 def test_parallel_units_become_one_and_equal_ones_cancel() -> None:
-    net = wide(unet)
+    net: Any = wide(unet)
     one = tuner(net, "diffscaler", 0, dim=3)
     rule = find_rule("diffscaler")[1]
     twice = merged([one, one], [0.25, 0.5], net, rule).double()
@@ -169,7 +169,8 @@ def test_svd_is_the_best_approximation_of_the_sum() -> None:
     net = wide(unet)
     tuners, weights = [tuner(net, "lora", seed, rank=rank) for seed, rank in enumerate((2, 3))], [0.7, -0.4]
     rule = find_rule("lora", "svd")[1]
-    small, full = merged(tuners, weights, net, rule, rank=2), merged(tuners, weights, net, rule, rank=5)
+    whole: list[Any] = [merged(tuners, weights, net, rule, rank=rank) for rank in (2, 5)]
+    small, full = whole
     for site in small.adapted:
         total = sum(weight * update(one, site) for one, weight in zip(tuners, weights, strict=True)).detach()
         values = torch.linalg.svdvals(total)
