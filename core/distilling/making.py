@@ -18,8 +18,8 @@ from ..backbones.thin import THIN, Form, make_dense
 from ..config import StudentConfig
 from ..errors import DoesNotFit, UsageError
 from ..files import write_json
-from ..merging.measuring import fixed_batch
-from .factorising import decompose, input_moments, layers_to_divide
+from .calibrating import calibrate, start_error
+from .factorising import decompose, layers_to_divide
 from .pruning import pruned
 from .ranks import by_energy, by_map, by_ratio, fixed_size, size
 
@@ -81,21 +81,28 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
     """
     _check_shared(backbone)
     own = plan(backbone.denoiser, config)
-    made = config.model_dump(mode="json")
+    denoiser = (
+        pruned(backbone.denoiser, backbone.family, config.prune) if config.prune
+        else _low_rank(backbone, own, config, say)
+    )  # fmt: skip
     ancestors = (backbone.hash, *backbone.ancestors)
-    if config.prune:
-        denoiser = pruned(backbone.denoiser, backbone.family, config.prune)
-        return denoiser, Student("pruned", backbone.id, ancestors, made=made, moved=ancestors)
+    moved = ancestors if config.prune else backbone.student.moved if backbone.student else ()
+    say("comparing the student with its teacher")
+    ranks, form = all_ranks(denoiser)
+    return denoiser, Student(
+        "pruned" if config.prune else "low-rank", backbone.id, ancestors, ranks, form, config.model_dump(mode="json"),
+        moved, round(start_error(backbone, denoiser), 6),
+    )  # fmt: skip
+
+
+def _low_rank(backbone: Backbone, own: Plan, config: StudentConfig, say: Say) -> nn.Module:
+    """A copy of the base's denoiser with low-rank layers."""
     moments = None
     if config.start == "whitened":
         say("measuring the inputs of the layers")
         moments = calibrate(backbone, list(own.ranks))
     say(f"factorising {len(own.ranks)} layers")
-    denoiser = copy.deepcopy(backbone.denoiser)
-    decompose(denoiser, own.ranks, config.form, config.start, moments)
-    ranks, form = all_ranks(denoiser)
-    moved = backbone.student.moved if backbone.student else ()
-    return denoiser, Student("low-rank", backbone.id, ancestors, ranks, form, made, moved)
+    return decompose(copy.deepcopy(backbone.denoiser), own.ranks, config.form, config.start, moments)
 
 
 def _check_shared(backbone: Backbone) -> None:
@@ -120,24 +127,6 @@ def all_ranks(denoiser: nn.Module) -> tuple[dict[str, int], Form]:
     if len(forms) > 1:
         raise DoesNotFit("the teacher has low-rank convolutions of another form; give the same --form.")
     return {name: module.rank for name, module in found.items()}, forms.pop() if forms else "flat"
-
-
-def calibrate(backbone: Backbone, names: list[str], rounds: int = 8) -> dict[str, torch.Tensor]:
-    """E[x x^T] of the layers' inputs while the base draws: `rounds` of four images, at timesteps over the schedule."""
-    batch, family = fixed_batch(backbone, ()), backbone.family
-    noising, generator = backbone.noising(), torch.Generator().manual_seed(1)
-
-    def run() -> None:
-        x = batch.latents
-        for number in range(rounds):  # from noise to images: the base's own estimate, noised again
-            t = torch.full_like(batch.t, int((1 - (number + 0.5) / rounds) * noising.levels))
-            prediction = family.predict(backbone.denoiser, x, t, batch.rows, None).float()
-            clean = noising.clean(x, prediction, t)
-            following = (t - noising.levels // rounds).clamp(min=0)
-            noise = torch.randn(x.shape, generator=generator).to(x.device)
-            x = noising.add_noise(clean, noise, following).to(batch.latents.dtype)
-
-    return input_moments(backbone.denoiser, names, run)
 
 
 def save_student(path: str | Path, backbone: Backbone, denoiser: nn.Module, student: Student, card: str) -> Path:

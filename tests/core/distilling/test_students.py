@@ -20,6 +20,7 @@ from sctool.core.backbones.loading import Backbone, load_backbone
 from sctool.core.backbones.thin import THIN, ThinConv2d, ThinLinear, make_dense, make_thin, thin
 from sctool.core.checkpoint import load_tuner, save_tuner
 from sctool.core.config import StudentConfig
+from sctool.core.distilling.calibrating import answers, start_error
 from sctool.core.distilling.factorising import (
     decompose,
     factorised,
@@ -101,6 +102,26 @@ def test_whitening_makes_the_output_s_error_smallest() -> None:
     assert errors[1] < 0.5 * errors[0]
     best = torch.linalg.svdvals(x @ layer.weight.T)[4:].square().sum() / x.shape[0] / 16
     torch.testing.assert_close(errors[1], best, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mini", "mini-dit"])
+def test_calibration_goes_over_the_whole_schedule_and_starts_are_measured_on_other_draws(name: str) -> None:
+    base = load_backbone(name)
+    seen, again = (torch.cat([one.t for one in answers(base)]) for _ in range(2))
+    assert torch.equal(seen, again)
+    levels = base.noising().levels
+    assert len(seen.unique()) > 100, "nearly every image has timesteps of its own"
+    assert torch.histc(seen.float(), 8, 0, levels).min() >= 8
+    assert start_error(base, base.denoiser) == 0
+    nothing = copy.deepcopy(base.denoiser)
+    with torch.no_grad():
+        for parameter in nothing.parameters():
+            parameter.zero_()
+    assert start_error(base, nothing) == 1
+    plain, white = (make(base, StudentConfig(start=start))[1].start_error for start in ("balanced", "whitened"))
+    assert plain is not None
+    assert white is not None
+    assert white < 0.6 * plain
 
 
 # ------------------------------------------------------------------------------------------------------------ sizes
@@ -291,6 +312,8 @@ def test_a_student_s_folder_is_a_base(case: str, base: Backbone, tmp_path: Path)
     assert torch.equal(loaded.family.output(loaded.denoiser, *inputs), expected)
     assert loaded.ancestors == (base.hash,)
     assert loaded.licence == "mit"
+    assert loaded.student == student
+    assert student.start_error == pytest.approx(start_error(base, loaded.denoiser), abs=1e-6)
     count = sum(p.numel() for p in denoiser.parameters())
     assert sum(p.numel() for p in architecture(str(folder)).denoiser().parameters()) == count
     assert count < sum(p.numel() for p in base.denoiser.parameters())
