@@ -77,8 +77,9 @@ def read_student(folder: Path) -> Student | None:
         values = json.loads(file.read_text())
         if values.pop("format") != FORMAT:
             raise ValueError("it is of another version of sctool")
-        lists = {key: tuple(values.get(key, ())) for key in ("ancestors", "moved")}
-        student = Student(**{**values, **lists})
+        student = Student(
+            **{**values, "ancestors": tuple(values["ancestors"]), "moved": tuple(values.get("moved", ()))}
+        )
         _check(student)
         return student
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -4,9 +4,10 @@ As the original: a small encoder turns the map into control states c of every at
 layers of every attention have a LoRA without alpha; the one of the queries reads h + c + U D c in the place of h, with
 U D another LoRA, one an attention. Widths, norms, strides and starts are the original's, whose layers these are not.
 
-Not from there: several conditions, an encoder each, whose states are summed with weights; encoders for autoencoder
-factors other than 8, and for U-Nets with other levels; states that repeat their last row or column where the U-Net
-rounds an odd side up; without any map the base is unchanged. The original's options (post-add, concatenation with h,
+Not from there: several conditions, an encoder each, whose states are summed with weights; no states of a black map,
+which the original's norms turn into amplified rounding errors; encoders for autoencoder factors other than 8, and for
+U-Nets with other levels or narrower norms; states that repeat their last row or column where the U-Net rounds an odd
+side up; without any map the base is unchanged. The original's options (post-add, concatenation with h,
 version 2) are not here.
 """
 
@@ -53,11 +54,11 @@ class LowRank(nn.Module):
 class Block(nn.Module):
     """Norm, SiLU, convolution, norm, SiLU; then, with `halve`, a convolution of stride 2 that rounds down."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3, halve: bool = False) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, halve: bool = False, groups: int = GROUPS) -> None:
         super().__init__()
-        self.before = nn.GroupNorm(math.gcd(GROUPS, inputs), inputs, EPS)
+        self.before = nn.GroupNorm(GROUPS, inputs, EPS)
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
-        self.after = nn.GroupNorm(math.gcd(GROUPS, outputs), outputs, EPS)
+        self.after = nn.GroupNorm(math.gcd(groups, outputs), outputs, EPS)
         self.halving = nn.Conv2d(outputs, outputs, 3, stride=2) if halve else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,20 +90,25 @@ class Encoder(nn.Module):
     """One condition's map (B, 3, H, W) in 0..1 to control states of each level.
 
     `halvings` is log2 of the autoencoder's factor; `levels` are those of the U-Net down to the last with attention;
-    `widths` has the width of those with attention.
+    `widths` has the width of those with attention, `groups` is that of the U-Net's norms: on a narrow one 32 groups
+    would have a channel each, which leaves nothing of a grid of one place.
     """
 
-    def __init__(self, halvings: int, levels: Sequence[Level], widths: dict[int, int]) -> None:
+    def __init__(self, halvings: int, levels: Sequence[Level], widths: dict[int, int], groups: int) -> None:
         super().__init__()
         self.plan = levels
         self.conv_in = nn.Conv2d(3, WIDTHS[0], 3, padding=1)
         pairs = enumerate(zip((WIDTHS[0], *WIDTHS[:-1]), WIDTHS, strict=True))
         self.pre = nn.ModuleList(Block(a, b, halve=i < halvings) for i, (a, b) in pairs)
         self.levels = nn.ModuleList(Block(WIDTHS[-1], WIDTHS[-1], halve=level.halves) for level in levels[1:])
-        self.heads = nn.ModuleDict({str(i): Block(WIDTHS[-1], width, 1) for i, width in widths.items()})
+        self.heads = nn.ModuleDict({str(i): Block(WIDTHS[-1], width, 1, groups=groups) for i, width in widths.items()})
 
     def forward(self, hint: Tensor) -> dict[int, Tensor]:
-        """c (B, h_i w_i, C_i) of each level i with attention."""
+        """c (B, h_i w_i, C_i) of each level i with attention; zeros for a black map.
+
+        Of a black map every layer makes constants, and the norms, dividing by their spread, blow up rounding errors.
+        """
+        shown = hint.flatten(1).any(1).view(-1, 1, 1)
         c = conv(hint, self.conv_in)
         for block in self.pre:
             c = block(c)
@@ -111,7 +117,7 @@ class Encoder(nn.Module):
             if number:
                 c = level.fitted(self.levels[number - 1](c), c)
             if str(number) in self.heads:
-                found[number] = self.heads[str(number)](c).flatten(2).transpose(1, 2)
+                found[number] = self.heads[str(number)](c).flatten(2).transpose(1, 2) * shown
         return found
 
 
@@ -139,7 +145,8 @@ class ControlLoRA(SiteTuner):
         halvings = round(math.log2(vae_scale))
         if 2**halvings != vae_scale or halvings > len(WIDTHS):
             raise UsageError(f"the autoencoder's factor is {vae_scale}; ControlLoRA's encoder reduces by 1, 2, 4 … 16.")
-        self.encoders = nn.ModuleDict({name: Encoder(halvings, levels, widths) for name in self.conditions})
+        groups = denoiser.config.get("norm_num_groups") or GROUPS
+        self.encoders = nn.ModuleDict({name: Encoder(halvings, levels, widths, groups) for name in self.conditions})
         self.loras = nn.ModuleDict({key(one): LowRank(one.inputs, one.outputs, config.rank) for one in self.sites})
         self.controls = nn.ModuleDict(
             {key(one): LowRank(one.inputs, one.inputs, config.rank) for one in self.sites if QUERY in one.name}

@@ -9,6 +9,8 @@ norms stay frozen, as it speaks of weights alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,7 @@ from ..sites.layers import find_module
 from .base import Terms
 from .configs import ELRConfig, UniControlNetConfig
 from .encoder_copy import DECODER, check_encoder, inject, shared_copy
+from .fdn import Conv
 from .kronecker import Kronecker
 from .unicontrolnet import LocalAdapter, UniControlNet
 
@@ -63,6 +66,11 @@ class ELR(LocalAdapter):
         """The base's encoder with the updates."""
         assert self.shared is not None
         return self.shared.copy
+
+    def precision(self, latents: Tensor) -> AbstractContextManager[Any]:
+        """The base's own; what another tuner put among its weights in float32 is cast."""
+        low = latents.dtype in (torch.bfloat16, torch.float16)
+        return lowered(self.encoder(), latents.dtype) if low else nullcontext()
 
     def recompute(self) -> None:
         """Gradient checkpointing in the copy."""
@@ -123,6 +131,23 @@ class _Update:
     def add(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """(W + dW) x + b."""
         return output + self.update(args[0]).to(output.dtype)
+
+
+@contextmanager
+def lowered(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it all weights of `network` are of `dtype`; afterwards they are the same parameters as before."""
+    replaced: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    try:
+        for module in network.modules():
+            own: dict[str, Any] = module._parameters
+            for name, weight in own.items():
+                if weight is not None and weight.dtype != dtype and not isinstance(module, Conv):
+                    replaced.append((own, name, weight))
+                    own[name] = weight.to(dtype)
+        yield
+    finally:
+        for own, name, weight in replaced:
+            own[name] = weight
 
 
 def copied_layers(denoiser: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -9,6 +9,7 @@ other autoencoder factors, and norms that start as the pretrained ones. The glob
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -87,13 +88,18 @@ class LocalAdapter(SiteTuner):
         """The copy."""
         raise NotImplementedError
 
+    def precision(self, latents: Tensor) -> AbstractContextManager[Any]:
+        """Within it the copy computes in the precision of the latents."""
+        raise NotImplementedError
+
     def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
         """What is added to each site, in their order; nothing without any hint (B or 1, 3, H, W)."""
         if not hints:
             return {}
         assert inputs is not None
         features = self.extractor(self.joined(hints))
-        states, last = encoder_states(self.encoder(), inputs, features)
+        with self.precision(inputs.latents):
+            states, last = encoder_states(self.encoder(), inputs, features)
         states = states if last is None else [*states, last]
         return {TOGETHER: [zero(state) for zero, state in zip(self.zero, states, strict=True)]}
 
@@ -126,6 +132,11 @@ class UniControlNet(LocalAdapter):
         """The trained copy."""
         return self.copy
 
+    def precision(self, latents: Tensor) -> AbstractContextManager[Any]:
+        """Autocast for the float32 copy, where the latents have less precision."""
+        low = latents.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(latents.device.type, latents.dtype) if low else nullcontext()
+
     def train(self, mode: bool = True) -> UniControlNet:
         """Leaves the copy in evaluation mode: dropout would draw what a resumed run cannot repeat."""
         super().train(mode)
@@ -135,10 +146,3 @@ class UniControlNet(LocalAdapter):
     def recompute(self) -> None:
         """Gradient checkpointing in the copy."""
         self.copy.enable_gradient_checkpointing()
-
-    def encode(self, hints: dict[str, Tensor], inputs: Inputs | None = None) -> Features:
-        """As `LocalAdapter.encode`; the float32 copy computes in the denoiser's precision."""
-        if inputs is None or inputs.latents.dtype not in (torch.bfloat16, torch.float16):
-            return super().encode(hints, inputs)
-        with torch.autocast(inputs.latents.device.type, inputs.latents.dtype):
-            return super().encode(hints, inputs)

@@ -223,10 +223,8 @@ def test_every_method_trains_on_a_student(method: str, form: Any) -> None:
     family = family_of_denoiser(net.config)  # type: ignore[arg-type]
     base = family.output(net, *inputs)
     model = TunedBackbone(net, tuner)
-    if method == "controlnet-xs":  # mixes the time embedding with a copy, in which the thin factors are multiplied out
-        torch.testing.assert_close(model(*inputs, hints), base, rtol=0, atol=1e-5)
-    else:
-        assert torch.equal(model(*inputs, hints or None), base)
+    # ControlNet-XS copies the time embedding, multiplied out: another order of sums
+    torch.testing.assert_close(model(*inputs, hints or None), base, rtol=0, atol=1e-5 * (method == "controlnet-xs"))
     optimizer = torch.optim.SGD(tuner.parameters(), 0.1)
     for _ in range(2):
         optimizer.zero_grad()
