@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,7 @@ def _prompts(backbone: Backbone, count: int) -> list[str]:
     return [labels[number * len(labels) // count] for number in range(count)]
 
 
-def calibrate(backbone: Backbone, names: list[str]) -> dict[str, Tensor]:
+def calibrate(backbone: Backbone, names: Iterable[str]) -> dict[str, Tensor]:
     """E[x x^T] of the layers' inputs while the base draws."""
     return input_moments(backbone.denoiser, names, lambda: deque(answers(backbone), maxlen=0))
 

@@ -211,7 +211,7 @@ def distill_config(flags: Mapping[str, Any], pairs: Iterable[str] = (), file: st
 def student_parameters(config: TrainConfig, *, offline: bool = False) -> int:
     """The parameters of the student's denoiser; nothing is made. Raises `UsageError` where it does not fit."""
     assert config.distill is not None
-    return plan(load_backbone(config.base, offline=offline).denoiser, config.distill).after
+    return plan(load_backbone(config.base, offline=offline), config.distill).after
 
 
 def distill(

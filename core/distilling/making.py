@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones.loading import Backbone
 from ..backbones.saving import save_base
@@ -34,15 +34,16 @@ class Plan:
     after: int
     ranks: Mapping[str, int]
     layers: int
+    moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    """E[x x^T] of the layers' inputs, where the ranks depend on them."""
 
 
-def plan(denoiser: nn.Module, config: StudentConfig) -> Plan:
+def plan(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None) -> Plan:
     """The ranks that the settings give, or the blocks that they leave. Raises `UsageError` for what cannot be."""
+    denoiser, moments = backbone.denoiser, None
     before = sum(p.numel() for p in denoiser.parameters())
     if config.prune:
-        from ..sites.parts import family_of
-
-        student = pruned(copy.deepcopy(denoiser).to("meta"), family_of(denoiser), config.prune)
+        student = pruned(copy.deepcopy(denoiser).to("meta"), backbone.family, config.prune)
         after = sum(p.numel() for p in student.parameters())
         _check_smaller(before, after)
         return Plan(before, after, {}, 0)
@@ -51,14 +52,19 @@ def plan(denoiser: nn.Module, config: StudentConfig) -> Plan:
     if config.ranks is not None:
         ranks = by_map(layers, config.ranks, config.form)
     elif config.budget is not None:
-        if next(denoiser.parameters()).is_meta:
-            raise UsageError("a budget is shared out by the weights' singular values, and this base has no weights.")
-        ranks = by_energy(layers, budget(config.budget, before), fixed, config.form)
+        moments = measured(backbone, layers, say) if config.start == "whitened" else None
+        ranks = by_energy(layers, budget(config.budget, before), fixed, config.form, moments)
     else:
         ranks = by_ratio(layers, config.ratio, config.form)
     after = fixed + size(layers, ranks, config.form)
     _check_smaller(before, after)
-    return Plan(before, after, ranks, len(layers))
+    return Plan(before, after, ranks, len(layers), moments)
+
+
+def measured(backbone: Backbone, names: Iterable[str], say: Say) -> dict[str, Tensor]:
+    """`calibrate`, announced."""
+    say("measuring the inputs of the layers")
+    return calibrate(backbone, names)
 
 
 def budget(wanted: float, before: int) -> int:
@@ -80,7 +86,7 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
     Raises `UsageError` for settings that the base does not allow.
     """
     _check_shared(backbone)
-    own = plan(backbone.denoiser, config)
+    own = plan(backbone, config, say)
     denoiser = (
         pruned(backbone.denoiser, backbone.family, config.prune) if config.prune
         else _low_rank(backbone, own, config, say)
@@ -97,10 +103,9 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
 
 def _low_rank(backbone: Backbone, own: Plan, config: StudentConfig, say: Say) -> nn.Module:
     """A copy of the base's denoiser with low-rank layers."""
-    moments = None
-    if config.start == "whitened":
-        say("measuring the inputs of the layers")
-        moments = calibrate(backbone, list(own.ranks))
+    moments = own.moments
+    if config.start == "whitened" and moments is None:
+        moments = measured(backbone, own.ranks, say)
     say(f"factorising {len(own.ranks)} layers")
     return decompose(copy.deepcopy(backbone.denoiser), own.ranks, config.form, config.start, moments)
 
