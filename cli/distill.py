@@ -139,8 +139,10 @@ def training_set(config: TrainConfig, *, strict: bool, offline: bool, quiet: boo
 
 def only_made(run: Any, config: TrainConfig, *, densify: bool, offline: bool, as_json: bool, quiet: bool) -> str:
     """Writes the untrained student as the run's result; returns what is printed."""
-    from ..core.distilling.distill import RESULT, make_only
+    from ..core.distilling.distill import make_only
 
-    count = make_only(run, config, dense=densify, offline=offline, quiet=quiet)
-    made = {"run": str(run.path), "student": str(run.path / RESULT), "parameters": count}
-    return json.dumps(made) if as_json else f"{made['student']}  ({count:,} parameters, not trained)"
+    made = make_only(run, config, dense=densify, offline=offline, quiet=quiet)
+    if as_json:
+        return json.dumps(made)
+    figures = f"{made['parameters']:,} parameters, not trained, relative output error {made['start_error']:.4f}"
+    return f"{made['student']}  ({figures})"

@@ -87,7 +87,7 @@ class StudentConfig(Config):
     budget: float | None = Field(
         None,
         gt=0,
-        description="the student's parameters, or their share of the base's; ranks follow the energy",
+        description="the student's parameters, or their share of the base's; ranks go by shares of the layers' energy",
     )
     ranks: dict[str, int] | None = Field(None, description="ranks by layer name or regular expression")
     prune: Literal["base", "small", "tiny"] | None = Field(

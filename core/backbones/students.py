@@ -29,7 +29,8 @@ class Student:
 
     `ranks`: rank by layer of the low-rank layers, {} for a pruned student; `form` of its convolutions. `teacher` is
     what the user called it, `ancestors` are the hashes of the teacher and of its own teachers, `made` the settings.
-    `moved` are those ancestors whose skips and blocks are numbered otherwise, since blocks were removed.
+    `moved` are those ancestors whose skips and blocks are numbered otherwise, since blocks were removed. `start_error`
+    is the relative squared difference of the outputs to the teacher's before training.
     """
 
     kind: Literal["low-rank", "pruned"]
@@ -39,6 +40,7 @@ class Student:
     form: Literal["flat", "spatial"] = "flat"
     made: Mapping[str, Any] = field(default_factory=dict)
     moved: tuple[str, ...] = ()
+    start_error: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As it is written."""

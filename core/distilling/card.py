@@ -35,6 +35,7 @@ Tuners that were trained on its teacher can be used with it. The teacher's licen
 | | |
 |---|---|
 | parameters of the denoiser | {own:,} |
+| relative squared error of its outputs to its teacher's before training | {student.start_error} |
 | images | {sum(map(trained_on, t.lanes))} for training |
 {result_rows(summary)}
 

@@ -143,8 +143,10 @@ def check_run(run: Run, config: TrainConfig, *, offline: bool = False) -> None:
         )
 
 
-def make_only(run: Run, config: TrainConfig, *, dense: bool = False, offline: bool = False, quiet: bool = False) -> int:
-    """Writes the untrained student as the run's result; returns the parameters of its denoiser.
+def make_only(
+    run: Run, config: TrainConfig, *, dense: bool = False, offline: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Writes the untrained student as the run's result; returns its figures.
 
     Raises `UsageError` for a run that has trained its student.
     """
@@ -156,7 +158,12 @@ def make_only(run: Run, config: TrainConfig, *, dense: bool = False, offline: bo
     start = make_start(run, config, offline=offline, say=Progress(quiet).note)
     backbone = load_backbone(str(start), offline=offline)
     write_student(run, backbone, (start / "README.md").read_text(), dense=dense)
-    return sum(p.numel() for p in backbone.denoiser.parameters())
+    assert backbone.student is not None
+    return {
+        "run": str(run.path), "student": str(run.path / RESULT),
+        "parameters": sum(p.numel() for p in backbone.denoiser.parameters()),
+        "start_error": backbone.student.start_error,
+    }  # fmt: skip
 
 
 def write_student(run: Run, start: Backbone, card: str, *, dense: bool = False) -> Path:
@@ -204,7 +211,7 @@ def distill_config(flags: Mapping[str, Any], pairs: Iterable[str] = (), file: st
 def student_parameters(config: TrainConfig, *, offline: bool = False) -> int:
     """The parameters of the student's denoiser; nothing is made. Raises `UsageError` where it does not fit."""
     assert config.distill is not None
-    return plan(load_backbone(config.base, offline=offline).denoiser, config.distill).after
+    return plan(load_backbone(config.base, offline=offline), config.distill).after
 
 
 def distill(

@@ -61,16 +61,16 @@ def singular_values(matrix: Tensor) -> Tensor:
     return torch.linalg.svdvals(torch.linalg.qr(narrow, mode="r").R)
 
 
-def factors(matrix: Tensor, rank: int, start: Start = "balanced", root: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """up (P, r) and down (r, Q) for a matrix (P, Q), in float64. `root` is L (Q, Q), for "whitened"."""
+def factors(matrix: Tensor, rank: int, start: Start = "balanced", lower: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """up (P, r) and down (r, Q) for a matrix (P, Q), in float64. `lower` is L (n, n), for "whitened"."""
     wide = matrix.double()
-    left, values, right = svd(wide if root is None else wide @ root)
+    left, values, right = svd(wide if lower is None else whitened(wide, lower))
     left, values, right = left[:, :rank], values[:rank], right[:rank]
-    if root is not None:
-        right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+    if lower is not None:
+        right = unwhitened(right, lower)
     if start == "paper":
         return left * values, right
-    # with a root, the rows of `right` are no longer of length 1: both factors are given the same length
+    # with L, the rows of `right` are no longer of length 1: both factors are given the same length
     lengths = right.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
     share = (values / lengths).sqrt()
     return left * (values / share), right * share[:, None]
@@ -85,7 +85,7 @@ def factorised(
         return own
     with torch.no_grad():
         matrix = as_matrix(module.weight, form)
-        up, down = factors(matrix, rank, start, None if moment is None else _root(moment, matrix.shape[1]))
+        up, down = factors(matrix, rank, start, None if moment is None else root(moment))
         own.down.copy_(down.view(own.down.shape))
         if isinstance(module, nn.Linear) or form == "flat":
             own.up.copy_(up.view(own.up.shape))
@@ -96,15 +96,24 @@ def factorised(
     return own
 
 
-def _root(moment: Tensor, columns: int) -> Tensor:
-    """L with L L^T = E[x x^T], lower triangular, for each channel's taps alike (columns = channels x taps)."""
+def root(moment: Tensor) -> Tensor:
+    """L with L L^T = E[x x^T] (n, n), lower triangular, float64."""
     moment = moment.double()
     floor = RIDGE * moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    lower = torch.linalg.cholesky(moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
-    taps = columns // len(moment)
-    return (
-        lower if taps == 1 else torch.kron(lower.contiguous(), torch.eye(taps, dtype=lower.dtype, device=lower.device))
-    )
+    return torch.linalg.cholesky(moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+
+
+def whitened(matrix: Tensor, lower: Tensor) -> Tensor:
+    """W L for a matrix (P, n taps) whose columns go over channels, then taps: the taps of a channel are alike."""
+    by_tap = matrix.unflatten(1, (len(lower), -1)).mT
+    return (by_tap @ lower).mT.flatten(1)
+
+
+def unwhitened(matrix: Tensor, lower: Tensor) -> Tensor:
+    """V L^-1, undoing `whitened`."""
+    by_tap = matrix.unflatten(1, (len(lower), -1)).mT
+    solved = torch.linalg.solve_triangular(lower, by_tap.flatten(0, 1), upper=False, left=False)
+    return solved.view(by_tap.shape).mT.flatten(1)
 
 
 def decompose(

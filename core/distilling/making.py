@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones.loading import Backbone
 from ..backbones.saving import save_base
@@ -18,8 +18,8 @@ from ..backbones.thin import THIN, Form, make_dense
 from ..config import StudentConfig
 from ..errors import DoesNotFit, UsageError
 from ..files import write_json
-from ..merging.measuring import fixed_batch
-from .factorising import decompose, input_moments, layers_to_divide
+from .calibrating import calibrate, start_error
+from .factorising import decompose, layers_to_divide
 from .pruning import pruned
 from .ranks import by_energy, by_map, by_ratio, fixed_size, size
 
@@ -34,15 +34,16 @@ class Plan:
     after: int
     ranks: Mapping[str, int]
     layers: int
+    moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    """E[x x^T] of the layers' inputs, where the ranks depend on them."""
 
 
-def plan(denoiser: nn.Module, config: StudentConfig) -> Plan:
+def plan(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None) -> Plan:
     """The ranks that the settings give, or the blocks that they leave. Raises `UsageError` for what cannot be."""
+    denoiser, moments = backbone.denoiser, None
     before = sum(p.numel() for p in denoiser.parameters())
     if config.prune:
-        from ..sites.parts import family_of
-
-        student = pruned(copy.deepcopy(denoiser).to("meta"), family_of(denoiser), config.prune)
+        student = pruned(copy.deepcopy(denoiser).to("meta"), backbone.family, config.prune)
         after = sum(p.numel() for p in student.parameters())
         _check_smaller(before, after)
         return Plan(before, after, {}, 0)
@@ -51,14 +52,19 @@ def plan(denoiser: nn.Module, config: StudentConfig) -> Plan:
     if config.ranks is not None:
         ranks = by_map(layers, config.ranks, config.form)
     elif config.budget is not None:
-        if next(denoiser.parameters()).is_meta:
-            raise UsageError("a budget is shared out by the weights' singular values, and this base has no weights.")
-        ranks = by_energy(layers, budget(config.budget, before), fixed, config.form)
+        moments = measured(backbone, layers, say) if config.start == "whitened" else None
+        ranks = by_energy(layers, budget(config.budget, before), fixed, config.form, moments)
     else:
         ranks = by_ratio(layers, config.ratio, config.form)
     after = fixed + size(layers, ranks, config.form)
     _check_smaller(before, after)
-    return Plan(before, after, ranks, len(layers))
+    return Plan(before, after, ranks, len(layers), moments)
+
+
+def measured(backbone: Backbone, names: Iterable[str], say: Say) -> dict[str, Tensor]:
+    """`calibrate`, announced."""
+    say("measuring the inputs of the layers")
+    return calibrate(backbone, names)
 
 
 def budget(wanted: float, before: int) -> int:
@@ -80,22 +86,28 @@ def make(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
     Raises `UsageError` for settings that the base does not allow.
     """
     _check_shared(backbone)
-    own = plan(backbone.denoiser, config)
-    made = config.model_dump(mode="json")
+    own = plan(backbone, config, say)
+    denoiser = (
+        pruned(backbone.denoiser, backbone.family, config.prune) if config.prune
+        else _low_rank(backbone, own, config, say)
+    )  # fmt: skip
     ancestors = (backbone.hash, *backbone.ancestors)
-    if config.prune:
-        denoiser = pruned(backbone.denoiser, backbone.family, config.prune)
-        return denoiser, Student("pruned", backbone.id, ancestors, made=made, moved=ancestors)
-    moments = None
-    if config.start == "whitened":
-        say("measuring the inputs of the layers")
-        moments = calibrate(backbone, list(own.ranks))
-    say(f"factorising {len(own.ranks)} layers")
-    denoiser = copy.deepcopy(backbone.denoiser)
-    decompose(denoiser, own.ranks, config.form, config.start, moments)
+    moved = ancestors if config.prune else backbone.student.moved if backbone.student else ()
+    say("comparing the student with its teacher")
     ranks, form = all_ranks(denoiser)
-    moved = backbone.student.moved if backbone.student else ()
-    return denoiser, Student("low-rank", backbone.id, ancestors, ranks, form, made, moved)
+    return denoiser, Student(
+        "pruned" if config.prune else "low-rank", backbone.id, ancestors, ranks, form, config.model_dump(mode="json"),
+        moved, round(start_error(backbone, denoiser), 6),
+    )  # fmt: skip
+
+
+def _low_rank(backbone: Backbone, own: Plan, config: StudentConfig, say: Say) -> nn.Module:
+    """A copy of the base's denoiser with low-rank layers."""
+    moments = own.moments
+    if config.start == "whitened" and moments is None:
+        moments = measured(backbone, own.ranks, say)
+    say(f"factorising {len(own.ranks)} layers")
+    return decompose(copy.deepcopy(backbone.denoiser), own.ranks, config.form, config.start, moments)
 
 
 def _check_shared(backbone: Backbone) -> None:
@@ -120,24 +132,6 @@ def all_ranks(denoiser: nn.Module) -> tuple[dict[str, int], Form]:
     if len(forms) > 1:
         raise DoesNotFit("the teacher has low-rank convolutions of another form; give the same --form.")
     return {name: module.rank for name, module in found.items()}, forms.pop() if forms else "flat"
-
-
-def calibrate(backbone: Backbone, names: list[str], rounds: int = 8) -> dict[str, torch.Tensor]:
-    """E[x x^T] of the layers' inputs while the base draws: `rounds` of four images, at timesteps over the schedule."""
-    batch, family = fixed_batch(backbone, ()), backbone.family
-    noising, generator = backbone.noising(), torch.Generator().manual_seed(1)
-
-    def run() -> None:
-        x = batch.latents
-        for number in range(rounds):  # from noise to images: the base's own estimate, noised again
-            t = torch.full_like(batch.t, int((1 - (number + 0.5) / rounds) * noising.levels))
-            prediction = family.predict(backbone.denoiser, x, t, batch.rows, None).float()
-            clean = noising.clean(x, prediction, t)
-            following = (t - noising.levels // rounds).clamp(min=0)
-            noise = torch.randn(x.shape, generator=generator).to(x.device)
-            x = noising.add_noise(clean, noise, following).to(batch.latents.dtype)
-
-    return input_moments(backbone.denoiser, names, run)
 
 
 def save_student(path: str | Path, backbone: Backbone, denoiser: nn.Module, student: Student, card: str) -> Path:

@@ -39,7 +39,7 @@ def plan_distillation(
     device = torch.device(best_device())
     precision = choose_precision(config.precision, device)
     teacher = load_backbone(config.base, offline=offline)
-    own = plan_student(teacher.denoiser, config.distill)
+    own = plan_student(teacher, config.distill)
     twin = copy.deepcopy(teacher.denoiser).to("meta")
     student = (
         pruned(twin, teacher.family, config.distill.prune) if config.distill.prune

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..backbones.thin import Form
 from ..errors import UsageError
-from .factorising import as_matrix, sides, singular_values
+from .factorising import as_matrix, root, sides, singular_values, whitened
 
 TOLERANCE = 0.0005
 """How far below its budget a student may stay, as a share of it."""
@@ -32,11 +32,17 @@ def by_ratio(layers: Mapping[str, Any], ratio: float, form: Form = "flat") -> di
     return smaller(layers, ranks, form)
 
 
-def by_energy(layers: Mapping[str, Any], budget: int, fixed: int, form: Form = "flat") -> dict[str, int]:
-    """Ranks that keep the most energy of all weights in `budget` parameters, `fixed` of which are not in the layers.
+def by_energy(
+    layers: Mapping[str, Any], budget: int, fixed: int, form: Form = "flat",
+    moments: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Ranks that keep the most energy of all layers in `budget` parameters, `fixed` of which are not in the layers.
 
-    A singular value is kept where its square per weight, s^2 / (P + Q), is above a threshold, found by bisection: up to
-    rounding the best choice for the sum of all layers' squared errors. What is left is filled up with the next ones.
+    A singular value s is kept where its share of its layer's energy, s^2 / sum s^2, is above a threshold per weight
+    that it costs, P + Q; the threshold is found by bisection. Up to rounding that is the best choice for the sum of all
+    layers' relative squared errors. They are the weights', or with `moments`, E[x x^T] of the inputs, the outputs'.
+    What is left of the budget is filled up with the next ones. Shares, since the scales of layers say nothing of how
+    much they matter: a norm may follow.
     Raises `UsageError` for a budget that is too small for rank 1, or that the base is within already.
     """
     dense = sum(module.weight.numel() for module in layers.values()) + fixed
@@ -46,7 +52,7 @@ def by_energy(layers: Mapping[str, Any], budget: int, fixed: int, form: Form = "
             f"a budget of {budget:,} parameters cannot be met: this base has {dense:,}, and with rank 1 in every "
             f"layer {least:,}."
         )
-    spectra = {name: _energies(module, form) for name, module in layers.items()}
+    spectra = {name: energies(module, form, moments[name] if moments else None) for name, module in layers.items()}
 
     def ranks_above(threshold: float) -> dict[str, int]:
         return {name: max(1, int((own > threshold).sum())) for name, own in spectra.items()}
@@ -59,9 +65,11 @@ def by_energy(layers: Mapping[str, Any], budget: int, fixed: int, form: Form = "
     return smaller(layers, _filled(layers, ranks, spectra, budget - fixed, form), form)
 
 
-def _energies(module: Any, form: Form) -> torch.Tensor:
-    """s^2 / (P + Q) of each singular value, in falling order."""
-    return singular_values(as_matrix(module.weight.detach(), form).double()).square() / sum(sides(module, form))
+def energies(module: Any, form: Form, moment: torch.Tensor | None = None) -> torch.Tensor:
+    """s^2 / sum s^2 / (P + Q) of each singular value, in falling order: of W, or with E[x x^T] = L L^T of W L."""
+    matrix = as_matrix(module.weight.detach(), form).double()
+    squares = singular_values(matrix if moment is None else whitened(matrix, root(moment))).square()
+    return squares / squares.sum().clamp(min=torch.finfo(torch.float64).tiny) / sum(sides(module, form))
 
 
 def _filled(

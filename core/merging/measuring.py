@@ -65,6 +65,7 @@ def fixed_batch(backbone: Backbone, conditions: Sequence[str], classes: Sequence
     prompts = [*classes, *backbone.labels][: len(SHARES)] if backbone.family.by_class else list(PROMPTS)
     prompts = (prompts * len(SHARES))[: len(SHARES)]
     rows = {name: value.to(device) for name, value in backbone.with_classes(classes).encode_prompts(prompts).items()}
+    rows |= backbone.family.size_rows(len(SHARES), backbone.resolution, device)
     t = torch.tensor([int(share * steps) for share in SHARES], device=device)
     return Batch(latents.to(device), t, rows, [None, *alone, *([maps] if len(maps) > 1 else [])])
 

@@ -21,6 +21,10 @@ def test_steps_0_only_makes_the_student(tiny_base: Path, tmp_path: Path, capsys:
     assert sctool(made) == 0
     report = json.loads(capsys.readouterr().out)
     student = load_backbone(report["student"])
+    assert student.student is not None
+    assert 0 < report["start_error"] == student.student.start_error
+    assert sctool([*made[:-1]]) == 0
+    assert f"relative output error {report['start_error']:.4f}" in capsys.readouterr().out
     assert sum(p.numel() for p in student.denoiser.parameters()) == report["parameters"]
     stock = load_backbone(str(tmp_path / "s" / "dense"))
     assert stock.denoiser.state_dict().keys() == load_backbone(str(tiny_base)).denoiser.state_dict().keys()

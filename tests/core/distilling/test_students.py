@@ -15,24 +15,31 @@ import torch
 from torch import nn
 
 from sctool.core.backbones.architectures import KNOWN, architecture
-from sctool.core.backbones.families import family_of_denoiser
+from sctool.core.backbones.families import FAMILIES, family_of_denoiser
 from sctool.core.backbones.loading import Backbone, load_backbone
+from sctool.core.backbones.noising import Noising
 from sctool.core.backbones.thin import THIN, ThinConv2d, ThinLinear, make_dense, make_thin, thin
 from sctool.core.checkpoint import load_tuner, save_tuner
 from sctool.core.config import StudentConfig
+from sctool.core.distilling.calibrating import answers, calibrate, start_error
 from sctool.core.distilling.factorising import (
+    as_matrix,
     decompose,
     factorised,
     factors,
     input_moments,
     layers_to_divide,
+    root,
     singular_values,
     svd,
+    unwhitened,
+    whitened,
 )
 from sctool.core.distilling.making import make, save_student
 from sctool.core.distilling.pruning import SIZES, pruned
 from sctool.core.distilling.ranks import TOLERANCE, by_energy, by_map, by_ratio, fixed_size, size
 from sctool.core.errors import DoesNotFit, SctoolError, UsageError
+from sctool.core.merging.measuring import fixed_batch, outputs
 from sctool.core.sites.attaching import TunedBackbone
 from sctool.core.tuners import TUNERS, method_config, tuner_class
 
@@ -103,6 +110,82 @@ def test_whitening_makes_the_output_s_error_smallest() -> None:
     torch.testing.assert_close(errors[1], best, rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("form", ["flat", "spatial"])
+def test_whitening_treats_the_taps_of_a_channel_alike(form: Any) -> None:
+    torch.manual_seed(0)
+    matrix = as_matrix(torch.randn(5, 4, 3, 3).double(), form)
+    wide = torch.randn(4, 9).double()
+    lower, taps = root(wide @ wide.T), 9 if form == "flat" else 3
+    torch.testing.assert_close(lower @ lower.T, wide @ wide.T, rtol=1e-3, atol=0.05)
+    expected = matrix @ torch.kron(lower.contiguous(), torch.eye(taps).double())
+    torch.testing.assert_close(whitened(matrix, lower), expected)
+    torch.testing.assert_close(unwhitened(expected, lower), matrix)
+
+
+@pytest.mark.parametrize(("name", "most"), [("mini", 0.002), ("mini-dit", 0.02)])
+def test_a_budget_by_the_outputs_energy_starts_next_to_its_teacher(name: str, most: float) -> None:
+    base = load_backbone(name)
+    _, ordinary = make(base, StudentConfig(ratio=0.4225, start="whitened"))
+    denoiser, student = make(base, StudentConfig(budget=0.4225, start="whitened"))
+    before, after = (sum(p.numel() for p in net.parameters()) for net in (base.denoiser, denoiser))
+    assert (1 - TOLERANCE) * 0.4225 * before <= after <= 0.4225 * before
+    assert student.start_error is not None
+    assert ordinary.start_error is not None
+    assert student.start_error < min(most, ordinary.start_error / 2)
+
+
+def test_sdxl_is_told_the_size_of_what_is_drawn() -> None:
+    extra = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 2,
+        "projection_class_embeddings_input_dim": 16,
+    }
+    net = unet(**extra)
+
+    class Base:
+        """As much of a backbone as is asked for; it has no folder."""
+
+        family, denoiser, device, vae_scale, latent_channels = FAMILIES[1], net, torch.device("cpu"), 4, 4
+        resolution, labels = 32, ()
+
+        def noising(self) -> Noising:
+            return Noising({"prediction_type": "epsilon"})
+
+        def with_classes(self, classes: Any) -> Base:
+            return self
+
+        def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+            return {"prompt_embeds": torch.randn(len(prompts), 3, 8), "pooled": torch.randn(len(prompts), 4)}
+
+    base: Any = Base()
+    names = layers_to_divide(net)
+    moments = calibrate(base, names)
+    assert moments.keys() == names.keys()
+    student = decompose(copy.deepcopy(net), by_ratio(names, 0.5), "flat", "whitened", moments)
+    assert start_error(base, student) > 0
+    assert next(outputs(base, fixed_batch(base, ()), [], [])).shape == (4, 4, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["mini", "mini-dit"])
+def test_calibration_goes_over_the_whole_schedule_and_starts_are_measured_on_other_draws(name: str) -> None:
+    base = load_backbone(name)
+    seen, again = (torch.cat([one.t for one in answers(base)]) for _ in range(2))
+    assert torch.equal(seen, again)
+    levels = base.noising().levels
+    assert len(seen.unique()) > 100, "nearly every image has timesteps of its own"
+    assert torch.histc(seen.float(), 8, 0, levels).min() >= 8
+    assert start_error(base, base.denoiser) == 0
+    nothing = copy.deepcopy(base.denoiser)
+    with torch.no_grad():
+        for parameter in nothing.parameters():
+            parameter.zero_()
+    assert start_error(base, nothing) == 1
+    plain, white = (make(base, StudentConfig(start=start))[1].start_error for start in ("balanced", "whitened"))
+    assert plain is not None
+    assert white is not None
+    assert white < 0.6 * plain
+
+
 # ------------------------------------------------------------------------------------------------------------ sizes
 
 
@@ -145,10 +228,16 @@ def test_a_budget_is_met_and_shared_out_by_energy() -> None:
     energies = {}
     for name, rank in ranks.items():
         values = torch.linalg.svdvals(layers[name].weight.double().flatten(1)).square()
+        values = values / values.sum()
         p, q = layers[name].weight.shape[0], layers[name].weight[0].numel()
         energies[name] = (values[rank - 1] / (p + q), values[rank] / (p + q) if rank < len(values) else torch.zeros(()))
     kept, left = (min(e[0] for e in energies.values()), max(e[1] for e in energies.values()))
     assert left < 3 * kept, "no layer keeps a weak value where another leaves out a much stronger one"
+    budget = int(0.5 * whole)
+    ranks = by_energy(layers, budget, fixed)
+    with torch.no_grad():
+        layers["mid_block.resnets.0.conv1"].weight.mul_(100)
+    assert by_energy(layers, budget, fixed) == ranks, "a layer's scale does not say how much it matters"
     for wrong in (whole, fixed):
         with pytest.raises(UsageError, match="cannot be met"):
             by_energy(layers, wrong, fixed)
@@ -289,6 +378,8 @@ def test_a_student_s_folder_is_a_base(case: str, base: Backbone, tmp_path: Path)
     assert torch.equal(loaded.family.output(loaded.denoiser, *inputs), expected)
     assert loaded.ancestors == (base.hash,)
     assert loaded.licence == "mit"
+    assert loaded.student == student
+    assert student.start_error == pytest.approx(start_error(base, loaded.denoiser), abs=1e-6)
     count = sum(p.numel() for p in denoiser.parameters())
     assert sum(p.numel() for p in architecture(str(folder)).denoiser().parameters()) == count
     assert count < sum(p.numel() for p in base.denoiser.parameters())
