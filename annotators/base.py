@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..core.config import Config, build
 from ..core.data.conditions import condition
+from ..core.resolving import Config, build
 
 Params = dict[str, Any]
 

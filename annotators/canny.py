@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from ..core.config import Config
 from ..core.errors import UsageError
+from ..core.resolving import Config
 from .base import Annotator, Params
 
 # Published ranges of random training thresholds, half open: (low, high).

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from ..core.config import Config
+from ..core.resolving import Config
 from .base import Annotator, Params
 
 FILTERS = {"cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}

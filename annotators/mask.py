@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from ..core.config import Config
+from ..core.resolving import Config
 from .base import Annotator, Params
 
 MAX_TRIES = 100

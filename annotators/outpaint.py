@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from ..core.config import Config
+from ..core.resolving import Config
 from .base import Annotator, Params
 
 MAX_STRETCH = 2.0

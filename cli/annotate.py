@@ -60,7 +60,8 @@ def annotate(
       find . -name '*.jpg' | sctool annotate - --cond mask:preset=thick --json
     """
     from ..annotators.engine.run import annotate as run
-    from ..core.config import AnnotateConfig, resolve_config
+    from ..core.config import AnnotateConfig
+    from ..core.resolving import resolve_config
 
     flags = {
         "src": src, "cond": cond or None, "out": out, "size": in_pixels(size), "layout": layout,

@@ -67,8 +67,8 @@ def distill(
 
       sctool distill --base ./sd15 --budget 0.5 --start whitened --steps 0 --densify
     """
-    from ..core.config import read_yaml
     from ..core.errors import UsageError
+    from ..core.resolving import read_yaml
 
     sizes = {"ratio": ratio, "budget": budget, "ranks": read_yaml(ranks) if ranks else None, "prune": prune}
     if len(named := [key for key, value in sizes.items() if value is not None]) > 1:

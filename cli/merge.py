@@ -66,15 +66,16 @@ def merge(
       sctool merge runs/hats --into-base --out ./base-with-hats
     """
     from ..core.backbones.loading import load_backbone
+    from ..core.chosen import base_of
+    from ..core.merging.merge import alone, write, write_base
     from ..core.merging.merge import merge as merge_tuners
-    from ..core.merging.merge import write, write_base
     from ..core.merging.table import check_methods, find_rule
-    from .sample import base_of
 
     if approximate and not into_base:
         raise UsageError("--approximate belongs to --into-base; an approximate merge is chosen with --rule.")
     files = weighted(tuners, weights, minus or [], task or [])
-    find_rule(check_methods([one.meta["method"] for one in files]), rule)
+    if not (into_base and alone(files)):  # before the base is loaded
+        find_rule(check_methods([one.meta["method"] for one in files]), rule)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UsageError(f"--out {out} exists already; choose another folder, or remove it.")
     backbone = load_backbone(base or base_of(files), offline=offline)
@@ -96,7 +97,7 @@ def weighted(tuners: list[str], weights: str | None, minus: list[str], tasks: li
 
     Raises `UsageError` for weights that are no numbers or do not fit the tuners.
     """
-    from .sample import split_scale
+    from ..core.chosen import split_scale
 
     given = [split_scale(text) for text in tuners]
     if weights is not None:

@@ -84,7 +84,7 @@ def sample(
 
       sctool sample --prompts prompts.txt --scheduler dpm++ --steps 20 --out images
     """
-    from ..core.chosen import choose
+    from ..core.chosen import choose, split_scale
 
     tasks = list(dict.fromkeys(name.strip() for text in task or [] for name in text.split(",") if name.strip()))
     if no_tuner and (tuner or task):
@@ -129,7 +129,8 @@ def sample_held_out(
 
     Returns the contact sheets.
     """
-    from ..core.config import SampleConfig, resolve_config
+    from ..core.config import SampleConfig
+    from ..core.resolving import resolve_config
     from ..core.runs import find_run
     from ..eval.heldout import sample_heldout
 
@@ -167,12 +168,15 @@ class Sampler:
         from ..core.backbones.bases import family_of
         from ..core.backbones.loading import load_backbone
         from ..core.checkpoint import load_tuner
-        from ..core.config import SampleConfig, resolve_config
+        from ..core.config import SampleConfig
         from ..core.devices import best_device
         from ..core.progress import Progress
+        from ..core.resolving import resolve_config
 
         config = resolve_config(SampleConfig, flags=flags)
         self.chosen, self.progress = chosen, Progress(quiet)
+        from ..core.chosen import base_of
+
         base = base or base_of(chosen)
         if by_class and not family_of(base, offline).by_class:
             raise UsageError(f"--class is for class-conditional bases; {base} is conditioned on text: pass a prompt.")
@@ -254,27 +258,6 @@ class Sampler:
         return folder / "sheet.png"
 
 
-def base_of(chosen: list[Chosen]) -> str:
-    """The base of the first tuner that says it; mini without tuners. Raises `UsageError` where none does."""
-    for one in chosen:
-        if "base" in one.meta:
-            return one.meta["base"]["id"]
-    if chosen:
-        raise UsageError(f"{chosen[0].name} does not say which base it is for; give --base.")
-    return "mini"
-
-
-def split_scale(text: str) -> tuple[str, float]:
-    """FILE or FILE:SCALE as (file, scale); the scale is 1 where none is given."""
-    head, colon, tail = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text, 1.0
-    try:
-        return head, float(tail)
-    except ValueError:
-        return text, 1.0
-
-
 def read_hints(
     hints: list[str], photos: list[str], size: int, map_settings: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -283,6 +266,7 @@ def read_hints(
     `map_settings` says how maps were made that photographs are to be annotated like. Raises `UsageError`.
     """
     from ..annotators.hint_files import hint_from_map, hint_from_photo
+    from ..core.chosen import split_scale
     from ..core.data.images import BadImage
 
     images: dict[str, Any] = {}

@@ -63,7 +63,8 @@ def train(
 
       accelerate launch --num_processes 4 -m sctool train --cond canny batch=64
     """
-    from ..core.config import TrainConfig, resolve_config
+    from ..core.config import TrainConfig
+    from ..core.resolving import resolve_config
     from ..core.tasks import read_tasks, task_configs
 
     flags: dict[str, Any] = {

@@ -59,3 +59,24 @@ def _run_name(file: Path) -> str:
     if file.name != NAME:
         return file.stem
     return file.parent.parent.name if file.parent.name == "tuner" else file.parent.name
+
+
+def base_of(chosen: Sequence[Chosen]) -> str:
+    """The base of the first tuner that says it; mini without tuners. Raises `UsageError` where none does."""
+    for one in chosen:
+        if "base" in one.meta:
+            return one.meta["base"]["id"]
+    if chosen:
+        raise UsageError(f"{chosen[0].name} does not say which base it is for; give --base.")
+    return "mini"
+
+
+def split_scale(text: str) -> tuple[str, float]:
+    """FILE or FILE:SCALE as (file, scale); the scale is 1 where none is given."""
+    head, colon, tail = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return head, float(tail)
+    except ValueError:
+        return text, 1.0

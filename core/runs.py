@@ -20,9 +20,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, build, read_yaml, to_yaml
+from .config import TrainConfig
 from .errors import SctoolError, UsageError, unknown
 from .files import write_json, write_text
+from .resolving import build, read_yaml, to_yaml
 from .tasks import task_configs
 
 PACKAGES = (

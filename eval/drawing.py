@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..core.backbones.bases import family_of
-from ..core.config import SampleConfig, resolve_config
+from ..core.config import SampleConfig
 from ..core.errors import UsageError
 from ..core.progress import Progress
+from ..core.resolving import resolve_config
 from ..core.runs import Run
 from .heldout import held_out, sample_heldout
 from .options import DEFAULT_COUNT, DEFAULT_SEED, Options

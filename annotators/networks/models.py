@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from ...core.config import Config
 from ...core.devices import best_device, torch_dtype
 from ...core.errors import SctoolError, UsageError
+from ...core.resolving import Config
 from ..base import Annotator, Params
 from .weights import LocalWeights, find_weights
 

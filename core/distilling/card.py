@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..config import to_yaml
+from ..resolving import to_yaml
 from ..training.card import result_rows, trained_on
 
 if TYPE_CHECKING:

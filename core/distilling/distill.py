@@ -16,16 +16,18 @@ from ..backbones.families import family_of_denoiser
 from ..backbones.loading import Backbone, load_backbone
 from ..backbones.students import read_student
 from ..backbones.thin import make_thin
-from ..config import DistillConfig, StudentConfig, TrainConfig, resolve_config
+from ..backbones.upsampling import fold_upsampling
+from ..config import DistillConfig, StudentConfig, TrainConfig
 from ..data.records import Source
 from ..devices import choose_precision, torch_dtype
 from ..errors import UsageError
 from ..progress import Progress
+from ..resolving import resolve_config
 from ..runs import Run
 from ..training.lanes import Distance, TaskSet
 from ..training.log import Summary
 from ..training.objective import DiffusionObjective, Objective
-from ..training.recipe import Recipe, frozen_teacher
+from ..training.recipe import Recipe
 from ..training.train import train_tasks
 from .card import student_card
 from .making import Say, all_ranks, densified, make, plan, save_student
@@ -60,7 +62,7 @@ class Distillation(Recipe):
         with PartialState().main_process_first():
             start = make_start(self.run, config, offline=offline, say=self.say)
         self.teacher = load_backbone(config.base, **options)
-        frozen_teacher(self.teacher)
+        fold_upsampling(self.teacher.denoiser)
         return load_backbone(str(start), **options), precision
 
     def reference(self, backbone: Backbone) -> Backbone:

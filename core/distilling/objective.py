@@ -127,7 +127,7 @@ class DistillObjective:
 
     def _run(self, sample: Sample) -> Tensor:
         """The teacher's output for a sample."""
-        return self.ordinary.output(self._as_net, sample)  # type: ignore[arg-type]
+        return self.ordinary.output(self._as_net, sample)
 
     def _as_net(self, noisy: Tensor, t: Tensor, rows: Any, *rest: Any) -> Tensor:
         """The teacher, called as the network is."""

@@ -26,13 +26,8 @@ class TeacherCache:
     """Outputs (C, h, w) in float16 by image and number of the draw, in a folder of the run."""
 
     def __init__(self, folder: Path, draws: int, seed: int, noising: Noising, dropout: float) -> None:
-        self.rows, self.draws, self.seed, self.noising, self.dropout = (
-            TensorCache(folder),
-            draws,
-            seed,
-            noising,
-            dropout,
-        )
+        self.rows, self.draws, self.seed = TensorCache(folder), draws, seed
+        self.noising, self.dropout = noising, dropout
 
     def fixed(self, batch: Mapping[str, Any], draw: Draw) -> tuple[Draw, list[str]]:
         """The batch's draw replaced by fixed ones, and the key of each sample."""

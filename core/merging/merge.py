@@ -21,6 +21,8 @@ from .folding import folded
 from .measuring import MergeError, compare, fixed_batch, outputs
 from .table import check_methods, find_rule, merged
 
+NO_RULE = "none"
+"""Of a single tuner at its own strength."""
 EXACT = 1e-4
 """The largest difference that rounding in float32 explains, of outputs whose values are of the size of 1."""
 
@@ -73,6 +75,9 @@ def merge(
     rule, and any for others. options: `rank` and `density` of the rules that take them.
     Raises `UsageError` for tuners that cannot be merged, and `SctoolError` for a difference above `max_error`.
     """
+    if alone(files) and rule is None:
+        [tuner] = load(files, backbone, force)
+        return Merged(tuner, NO_RULE, True, None, sources(files), maps_of(files))
     method = check_methods([one.meta["method"] for one in files])
     name, chosen = find_rule(method, rule)
     tuners, weights = load(files, backbone, force), [one.scale for one in files]
@@ -84,7 +89,17 @@ def merge(
         expected = list(outputs(backbone, batch, tuners, weights))
         error = compare(backbone, expected, batch, [tuner], [1.0])
         check_error(error, EXACT if chosen.exact and max_error is None else max_error)
-    sources = [
+    return Merged(tuner, name, chosen.exact, error, sources(files), maps_of(files))
+
+
+def alone(files: Sequence[Chosen]) -> bool:
+    """Whether it is a single tuner at its own strength, which needs no rule to become itself."""
+    return len(files) == 1 and files[0].scale == 1
+
+
+def sources(files: Sequence[Chosen]) -> list[dict[str, Any]]:
+    """What a result was made of, for its description."""
+    return [
         {
             "file": Path(one.name).name,
             **({"task": one.meta["task"]} if one.meta.get("task") else {}),
@@ -93,8 +108,11 @@ def merge(
         }
         for one in files
     ]
-    maps = {condition: how for one in files for condition, how in one.meta.get("maps", {}).items()}
-    return Merged(tuner, name, chosen.exact, error, sources, maps)
+
+
+def maps_of(files: Sequence[Chosen]) -> dict[str, Any]:
+    """How the maps of all conditions were made."""
+    return {condition: how for one in files for condition, how in one.meta.get("maps", {}).items()}
 
 
 def check_error(error: MergeError, most: float | None) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..backbones.loading import Backbone
-from ..config import TrainConfig, to_yaml
+from ..config import TrainConfig
 from ..files import write_text
+from ..resolving import to_yaml
 from ..runs import Run
 from .lanes import Lane
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,7 +87,7 @@ class DiffusionObjective:
         hints = self._hints(batch["hints"], draw) or None
         return Sample(latents, noise, noisy, t, rows, hints, kept, batch.get("task"))
 
-    def output(self, net: nn.Module, sample: Sample) -> Tensor:
+    def output(self, net: Callable[..., Tensor], sample: Sample) -> Tensor:
         """What the network makes of it, (B, C or 2C, h, w)."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return net(sample.noisy.to(self.dtype), sample.t, sample.rows, sample.hints, sample.kept, sample.tasks)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..backbones.loading import Backbone, load_backbone
-from ..backbones.upsampling import fold_upsampling
 from ..checkpoint import save_in_diffusers, save_tuner
 from ..config import TrainConfig
 from ..devices import choose_precision, torch_dtype
@@ -65,9 +64,3 @@ def check_mask(config: TrainConfig, backbone: Backbone) -> None:
     """Raises `UsageError` for a mask on a base without tokens."""
     if config.mask and backbone.family.token_layers(backbone.denoiser) is None:
         raise UsageError(f"mask={config.mask} leaves out tokens, but {config.base} has none: it is not a transformer.")
-
-
-def frozen_teacher(backbone: Backbone) -> torch.nn.Module:
-    """A base's denoiser for inference alone: its upsampling folded."""
-    fold_upsampling(backbone.denoiser)
-    return backbone.denoiser.requires_grad_(False).eval()

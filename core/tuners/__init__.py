@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..config import Config, TrainConfig, build
+from ..config import TrainConfig
 from ..errors import UsageError, unknown
+from ..resolving import Config, build
 from .configs import (
     BitFitConfig,
     ControlLoRAConfig,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
 from ..errors import UsageError, unknown
+from ..resolving import Config
 from ..sites.attaching import Removable, all_or_none
 from ..sites.site import Call, Features, Inputs
 from ..sites.wiring import Attached, Wiring
@@ -169,6 +169,22 @@ class SiteTuner(Tuner):
         weights = {**self.weights, **(terms.weights or {})}
         normalize = self.normalize if terms.normalize is None else terms.normalize
         return Wiring.add(denoiser, self, terms.scale, weights, normalize, terms.task)
+
+
+def check_maps(method: str, conditions: tuple[str, ...]) -> None:
+    """Raises `UsageError` for a method that needs condition maps and is given none."""
+    if not conditions:
+        raise UsageError(f"{method} needs condition maps; add --cond, e.g. --cond canny.")
+
+
+def over_conditions(call: Call, part: Callable[[str], Tensor]) -> Tensor | None:
+    """sum_m alpha_m part(m) over the conditions m that have a hint (eq. 7 of SCEdit); None without any."""
+    total = None
+    for name in call.features:
+        if call.alphas[name] != 0:
+            weighted = call.alphas[name] * part(name)
+            total = weighted if total is None else total + weighted
+    return total
 
 
 def in_precision_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..config import Config
+from ..resolving import Config
 
 
 class SCEditConfig(Config):

@@ -27,7 +27,7 @@ from ..sites.layers import Layer
 from ..sites.parts import chosen_layers
 from ..sites.site import Call, Features, Inputs
 from ..sites.skips import skips
-from .base import SiteTuner, known_conditions
+from .base import SiteTuner, check_maps, known_conditions
 from .configs import ControlLoRAConfig
 from .scedit import conv
 
@@ -133,8 +133,7 @@ class ControlLoRA(SiteTuner):
     def __init__(
         self, config: ControlLoRAConfig, denoiser: Any, conditions: tuple[str, ...] = (), vae_scale: int = 8
     ) -> None:
-        if not conditions:
-            raise UsageError("controllora needs condition maps; add --cond, e.g. --cond canny.")
+        check_maps(self.method, conditions)
         super().__init__(config, attention(denoiser), conditions, vae_scale)
         self.weights, self.normalize = config.weights, config.normalize
         known_conditions(config.weights, self.conditions)

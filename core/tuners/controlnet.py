@@ -20,7 +20,7 @@ from ..backbones.thin import THIN, make_dense
 from ..errors import DoesNotFit, SctoolError, UsageError
 from ..sites.site import Call, Features, Inputs
 from ..sites.skips import Middle, Skip, middle, skips
-from .base import SiteTuner, in_precision_of
+from .base import SiteTuner, check_maps, in_precision_of, over_conditions
 from .configs import ControlNetConfig
 
 diffusers_logging.set_verbosity_error()  # it warns of modules to be kept in float32, where all are
@@ -69,8 +69,7 @@ class ControlNet(SiteTuner):
         self, config: ControlNetConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
     ) -> None:
         check_u_net(denoiser, self.method, whole=True)
-        if not conditions:
-            raise DoesNotFit(f"{self.method} is controlled by condition maps; add --cond, e.g. --cond canny.")
+        check_maps(self.method, conditions)
         self.every: list[Skip] = skips(denoiser)
         super().__init__(config, [*self.every, middle(denoiser)], conditions, vae_scale)
         widths, source = encoder_widths(vae_scale), stock(denoiser)
@@ -110,12 +109,8 @@ class ControlNet(SiteTuner):
 
     def delta(self, site: Skip | Middle, x: Tensor, call: Call) -> Tensor | None:
         """The weighted sum over the conditions that have a hint; None without any."""
-        place, total = site.index if isinstance(site, Skip) else -1, None
-        for name, states in call.features.items():
-            if call.alphas[name] != 0:
-                part = call.alphas[name] * states[place]
-                total = part if total is None else total + part
-        return total
+        place = site.index if isinstance(site, Skip) else -1
+        return over_conditions(call, lambda name: call.features[name][place])
 
 
 TAKEN = ("encoder_hidden_states", "added_cond_kwargs", "class_labels", "timestep_cond", "attention_mask")

@@ -17,10 +17,9 @@ from diffusers import ControlNetXSAdapter
 from torch import Tensor, nn
 
 from ..errors import DoesNotFit
-from ..sites.entries import Entry
-from ..sites.outputs import Output
+from ..sites.modules import Entry, Output
 from ..sites.site import Call, Features, Inputs
-from .base import SiteTuner, in_precision_of
+from .base import SiteTuner, check_maps, in_precision_of, over_conditions
 from .configs import ControlNetXSConfig
 from .controlnet import check_u_net, encoder_widths
 
@@ -71,8 +70,7 @@ class ControlNetXS(SiteTuner):
         self, config: ControlNetXSConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
     ) -> None:
         check_u_net(denoiser, self.method, whole=True)
-        if not conditions:
-            raise DoesNotFit(f"{self.method} is controlled by condition maps; add --cond, e.g. --cond canny.")
+        check_maps(self.method, conditions)
         if any(len(block.resnets) != 2 for block in denoiser.down_blocks):  # type: ignore[union-attr]
             raise DoesNotFit("diffusers' ControlNet-XS is for U-Nets with two layers per block, and this has others.")
         self.parts = encoder_parts(denoiser)
@@ -82,7 +80,6 @@ class ControlNetXS(SiteTuner):
             for place in range(len(block.resnets))
         ]
         self.decoder = {site.name: place for place, site in enumerate(decoder)}
-        self.begins = {part.begin: place for place, part in enumerate(self.parts)}
         self.ends = {part.end: place for place, part in enumerate(self.parts)}
         width: int = denoiser.config["block_out_channels"][0]  # type: ignore[index]
         sites: list[Site] = [Output("conv_in", width)]
@@ -122,20 +119,15 @@ class ControlNetXS(SiteTuner):
 
     def delta(self, site: Site, x: Tensor, call: Call) -> Tensor | None:
         """What the conditions that have a hint add; where the base's parts begin only their input is noted."""
-        named = {name: alpha for name, alpha in call.alphas.items() if alpha != 0 and name in call.features}
-        if not named:
+        if not call.features:
             return None
         if isinstance(site, Entry) and site.name not in self.decoder:
             call.scratch[site.name] = self._cast(x)
             if call.given is not None:
                 call.scratch["emb"] = self._cast(call.given)
             return None
-        total = None
         with in_precision_of(x):
-            for name, alpha in named.items():
-                part = alpha * self._added(site, x, call, name)
-                total = part if total is None else total + part
-        return total
+            return over_conditions(call, lambda name: self._added(site, x, call, name))
 
     def _added(self, site: Site, x: Tensor, call: Call, name: str) -> Tensor:
         adapter: Any = self.adapters[name]

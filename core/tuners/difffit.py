@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import DoesNotFit
 from ..sites.attaching import Attachment, all_or_none
-from ..sites.outputs import Output
+from ..sites.modules import Output
 from ..sites.site import Call, Features, Inputs
 from ..sites.wiring import Wiring
 from .base import Terms

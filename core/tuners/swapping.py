@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..config import Config
 from ..errors import SctoolError, UsageError
+from ..resolving import Config
 from ..sites.attaching import Removable
 from .base import Terms, Tuner
 from .tree import place

@@ -17,10 +17,10 @@ from diffusers import T2IAdapter
 from torch import Tensor, nn
 
 from ..errors import DoesNotFit
-from ..sites.outputs import Output
+from ..sites.modules import Output
 from ..sites.site import Call, Features, Inputs
 from ..sites.skips import Middle, middle
-from .base import SiteTuner
+from .base import SiteTuner, check_maps, over_conditions
 from .configs import T2IAdapterConfig
 from .controlnet import check_u_net
 
@@ -36,8 +36,7 @@ class T2I(SiteTuner):
         self, config: T2IAdapterConfig, denoiser: nn.Module, conditions: tuple[str, ...] = (), vae_scale: int = 8
     ) -> None:
         check_u_net(denoiser, self.method)
-        if not conditions:
-            raise DoesNotFit(f"{self.method} is controlled by condition maps; add --cond, e.g. --cond canny.")
+        check_maps(self.method, conditions)
         kind, sites = fitting_kind(denoiser)
         super().__init__(config, sites, conditions, vae_scale)
         self.places = {site.name: place for place, site in enumerate(sites) if isinstance(site, Output)}
@@ -58,12 +57,8 @@ class T2I(SiteTuner):
 
     def delta(self, site: Output | Middle, x: Tensor, call: Call) -> Tensor | None:
         """The weighted sum over the conditions that have a hint; None without any."""
-        place, total = self.places[site.name] if isinstance(site, Output) else -1, None
-        for name, features in call.features.items():
-            if call.alphas[name] != 0:
-                part = call.alphas[name] * features[place]
-                total = part if total is None else total + part
-        return total
+        place = self.places[site.name] if isinstance(site, Output) else -1
+        return over_conditions(call, lambda name: call.features[name][place])
 
 
 def fitting_kind(denoiser: Any) -> tuple[str, list[Any]]:

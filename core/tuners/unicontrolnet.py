@@ -9,7 +9,7 @@ other autoencoder factors, and norms that start as the pretrained ones. The glob
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..sites.attaching import Removable
 from ..sites.site import Call, Features, Inputs
 from ..sites.skips import Middle, Skip, middle, skips
-from .base import SiteTuner, Terms
+from .base import SiteTuner, Terms, check_maps, in_precision_of
 from .configs import UniControlNetConfig
 from .encoder_copy import check_encoder, encoder_states, inject, own_copy
 from .fdn import FDN, Extractor, convolution, level_widths
@@ -42,8 +42,7 @@ class LocalAdapter(SiteTuner):
     def __init__(
         self, config: UniControlNetConfig, denoiser: Any, conditions: tuple[str, ...] = (), vae_scale: int = 8
     ) -> None:
-        if not conditions:
-            raise UsageError(f"{self.method} needs condition maps; add --cond, e.g. --cond canny.")
+        check_maps(self.method, conditions)
         check_encoder(denoiser, self.method)
         sites: list[Skip | Middle] = [*skips(denoiser)]
         sites += [middle(denoiser)] if denoiser.mid_block is not None else []
@@ -134,8 +133,7 @@ class UniControlNet(LocalAdapter):
 
     def precision(self, latents: Tensor) -> AbstractContextManager[Any]:
         """Autocast for the float32 copy, where the latents have less precision."""
-        low = latents.dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(latents.device.type, latents.dtype) if low else nullcontext()
+        return in_precision_of(latents)
 
     def train(self, mode: bool = True) -> UniControlNet:
         """Leaves the copy in evaluation mode: dropout would draw what a resumed run cannot repeat."""

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...core.config import TrainConfig, resolve_config
+from ...core.config import TrainConfig
 from ...core.errors import UsageError, unknown
+from ...core.resolving import resolve_config
 from ...core.tuners import TUNERS, find_method, method_config, with_learning_rate
 from .papers import Paper
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...core.config import SampleConfig, TrainConfig, resolve_config
+from ...core.config import SampleConfig, TrainConfig
 from ...core.errors import UsageError
+from ...core.resolving import resolve_config
 from ..features.names import named_weights
 from .form import Arm, Form
 

@@ -103,6 +103,19 @@ def test_a_base_with_the_tuner_in_it_is_a_base(
         load_tuner(one, plain)
 
 
+@pytest.mark.parametrize("method", ["dora", "lokr", "difffit"])
+def test_a_single_tuner_goes_into_a_base_without_a_rule(
+    method: str, make: Callable[..., Path], base: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, out = make("one", method), tmp_path / "base"
+    assert sctool(text("merge", one, "--into-base", "--out", out, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["folding_error"]["largest"] < 1e-5
+    batch = fixed_batch(base, ())
+    [ours] = outputs(load_backbone(str(out)), batch, [], [])
+    [theirs] = outputs(base, batch, [load_tuner(one, base)], [1.0])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
 def test_an_approximate_fold_says_how_far_it_is_off(
     make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

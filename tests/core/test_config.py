@@ -10,20 +10,10 @@ import yaml
 
 from sctool.cli import run
 from sctool.core.backbones.families import FAMILIES
-from sctool.core.config import (
-    PRESETS,
-    AnnotateConfig,
-    SampleConfig,
-    TrainConfig,
-    build,
-    parse_value,
-    preset,
-    read_yaml,
-    resolve_config,
-    to_yaml,
-)
+from sctool.core.config import AnnotateConfig, SampleConfig, TrainConfig
 from sctool.core.data.conditions import ConditionSpec, condition_names, parse_conditions
 from sctool.core.errors import UsageError
+from sctool.core.resolving import PRESETS, build, parse_value, preset, read_yaml, resolve_config, to_yaml
 from sctool.core.tuners import method_config, with_learning_rate
 from sctool.core.tuners.configs import SCEditConfig
 

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from sctool.cli import run
-from sctool.cli.sample import read_hints, split_scale
+from sctool.cli.sample import read_hints
 from sctool.core.backbones.loading import Backbone, load_backbone
 from sctool.core.checkpoint import save_tuner
+from sctool.core.chosen import split_scale
 from sctool.core.config import SampleConfig
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.sampling import (

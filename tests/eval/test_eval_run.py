@@ -12,8 +12,9 @@ from PIL import Image
 
 from sctool.annotators import ANNOTATORS
 from sctool.annotators.base import Annotator
-from sctool.core.config import Config, TrainConfig
+from sctool.core.config import TrainConfig
 from sctool.core.errors import SctoolError, UsageError
+from sctool.core.resolving import Config
 from sctool.core.runs import Run, open_run
 from sctool.eval import evaluate as module
 from sctool.eval.drawing import why_draw

@@ -4,10 +4,11 @@ import pickle
 
 import pytest
 
-from sctool.core.config import TrainConfig, build
+from sctool.core.config import TrainConfig
 from sctool.core.data.prompts import PromptRule, caption_of, count_prompts
 from sctool.core.data.records import BytesBlob, Record
 from sctool.core.errors import UsageError
+from sctool.core.resolving import build
 
 
 def record(text=None, label=None):

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from torch import nn
 
 from sctool.core.backbones.upsampling import PhaseUpsample2D, fold_upsampling
-from sctool.core.config import Config
 from sctool.core.errors import SctoolError, UsageError
+from sctool.core.resolving import Config
 from sctool.core.sites.attaching import TunedBackbone, tuned
 from sctool.core.sites.inputs import class_tables, input_layer
 from sctool.core.sites.layers import layer_site, layers

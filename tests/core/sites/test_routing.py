@@ -10,8 +10,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from sctool.core.config import Config
 from sctool.core.errors import SctoolError, UsageError
+from sctool.core.resolving import Config
 from sctool.core.sites.attaching import TunedBackbone, attach, tuned
 from sctool.core.sites.layers import layers
 from sctool.core.sites.parts import family_of

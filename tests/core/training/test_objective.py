@@ -6,9 +6,10 @@ from torch import nn
 
 from sctool.core.backbones.families import FAMILIES
 from sctool.core.backbones.noising import Noising
-from sctool.core.config import TrainConfig, build
+from sctool.core.config import TrainConfig
 from sctool.core.data.records import BytesBlob, Record, Source
 from sctool.core.errors import UsageError
+from sctool.core.resolving import build
 from sctool.core.training.batches import Draw, StepBatches, batch_share, training_draw, validation_draw
 from sctool.core.training.objective import DiffusionObjective
 from sctool.core.training.seeds import generator

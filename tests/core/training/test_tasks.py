@@ -22,9 +22,10 @@ from torch import nn
 from sctool.annotators.training_sets import open_training_sets
 from sctool.core.backbones.loading import load_backbone
 from sctool.core.checkpoint import load_tuner, read_meta, task_files, tuner_file
-from sctool.core.config import Config, SampleConfig, TrainConfig
+from sctool.core.config import SampleConfig, TrainConfig
 from sctool.core.errors import UsageError
 from sctool.core.progress import Progress
+from sctool.core.resolving import Config
 from sctool.core.runs import Run, open_run
 from sctool.core.sampling import Request, sample_images
 from sctool.core.sites.attaching import tuned

@@ -12,7 +12,7 @@ from torch import Tensor
 from sctool.core.backbones.architectures import architecture
 from sctool.core.distilling.factorising import decompose, layers_to_divide
 from sctool.core.distilling.ranks import by_ratio
-from sctool.core.errors import DoesNotFit
+from sctool.core.errors import DoesNotFit, UsageError
 from sctool.core.sites.attaching import channel, tuned
 from sctool.core.tuners import method_config, tuner_class
 from sctool.core.tuners.controlnet import encoder_widths
@@ -215,7 +215,7 @@ def test_only_u_nets_with_maps() -> None:
     for method in ("controlnet", "t2i-adapter", "controlnet-xs"):
         with pytest.raises(DoesNotFit, match="is for U-Nets"):
             tuner_class(method).build(method_config(method, {}), dit(), ("canny",), 4)
-        with pytest.raises(DoesNotFit, match="add --cond"):
+        with pytest.raises(UsageError, match="add --cond"):
             tuner_class(method).build(method_config(method, {}), unet(), (), 4)
     for method in ("controlnet", "controlnet-xs"):
         with pytest.raises(DoesNotFit, match="needs a middle block"):

@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from sctool.core.config import TrainConfig, resolve_config
+from sctool.core.config import TrainConfig
 from sctool.core.data.records import Source
 from sctool.core.errors import Diverged, SctoolError, UsageError, unknown
+from sctool.core.resolving import resolve_config
 from sctool.core.runs import Run
 from sctool.eval.bench import measuring, running, students, tuner_work
 from sctool.eval.bench.collecting import make_table
