@@ -44,6 +44,12 @@ def distill(
     densify: Annotated[
         bool, typer.Option("--densify", help="Also write the student as an ordinary diffusers folder, multiplied out.")
     ] = False,
+    fastest: Annotated[
+        bool,
+        typer.Option(
+            "--fastest", help="Also write it with each layer in the form that is faster on this machine, thin or not."
+        ),
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags override it.")] = None,
     name: Annotated[str | None, typer.Option(help="Run name. \\[default: made from the settings]")] = None,
     out: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
@@ -83,14 +89,16 @@ def distill(
     from ..core.runs import named_run, open_run
 
     settings = distill_config(flags, pairs or (), config)
-    if densify and settings.distill and settings.distill.prune:
-        raise UsageError("a pruned student is an ordinary folder already; leave --densify out.")
+    also = tuple(form for form, wanted in (("dense", densify), ("fast", fastest)) if wanted)
+    if also and settings.distill and settings.distill.prune:
+        flag = "--densify" if densify else "--fastest"
+        raise UsageError(f"a pruned student is an ordinary folder already; leave {flag} out.")
     main = os.environ.get("RANK", "0") == "0"
     run = named_run(out, name, settings)
     new = not run.path.exists()  # an older run may have a finished student, made with --steps 0
     if steps == 0 and not dry_run:
         with run.locked(), discarding(run, new):
-            print(only_made(run, settings, densify=densify, offline=offline, as_json=as_json, quiet=quiet))
+            print(only_made(run, settings, also=also, offline=offline, as_json=as_json, quiet=quiet))
         return
     part = training_set(settings, strict=strict, offline=offline, quiet=quiet)
     if dry_run:
@@ -104,7 +112,7 @@ def distill(
     open_run(out, name, settings)
     with run.locked() if main else nullcontext(), discarding(run, main and new):
         summary = distill_into(
-            settings, run, part.source, held_out=part.held_out, distance=part.distance, dense=densify,
+            settings, run, part.source, held_out=part.held_out, distance=part.distance, also=also,
             offline=offline, quiet=quiet,
         )  # fmt: skip
     if main:
@@ -137,11 +145,11 @@ def training_set(config: TrainConfig, *, strict: bool, offline: bool, quiet: boo
     return TaskSet(source, held_out, distance=sample_distance(config.base, offline=offline))
 
 
-def only_made(run: Any, config: TrainConfig, *, densify: bool, offline: bool, as_json: bool, quiet: bool) -> str:
+def only_made(run: Any, config: TrainConfig, *, also: Any, offline: bool, as_json: bool, quiet: bool) -> str:
     """Writes the untrained student as the run's result; returns what is printed."""
     from ..core.distilling.distill import make_only
 
-    made = make_only(run, config, dense=densify, offline=offline, quiet=quiet)
+    made = make_only(run, config, also=also, offline=offline, quiet=quiet)
     if as_json:
         return json.dumps(made)
     figures = f"{made['parameters']:,} parameters, not trained, relative output error {made['start_error']:.4f}"

@@ -59,7 +59,7 @@ def sample(
     size: Annotated[int | None, typer.Option(help=help_of("SampleConfig", "size"))] = None,
     batch: Annotated[int | None, typer.Option(help=help_of("SampleConfig", "batch"))] = None,
     rescale: Annotated[float | None, typer.Option(help=help_of("SampleConfig", "rescale"))] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write. \\[default: samples, or the run's own]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. \\[default: samples, or in the run]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Load a tuner made for another base.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -73,6 +73,8 @@ def sample(
     Examples:
 
       sctool sample                                           held-out images of the latest run
+
+      sctool sample --tuner runs/canny --base runs/small/student    the same with a student of the run's base
 
       sctool sample "a photo of a black hat" --hint canny=edges.png --count 4
 
@@ -109,7 +111,7 @@ def sample(
             raise UsageError("the held-out images of one run are drawn at a time; give a prompt, or a single --tuner.")
         sheets = sample_held_out(
             tuners[0] if tuners else (None, 1.0), flags, tasks=tasks, count=count or 8, seed=seed, base_alone=no_tuner,
-            out=out, offline=offline, quiet=quiet,
+            base=base, force=force, normalize=False if no_normalize else None, out=out, offline=offline, quiet=quiet,
         )  # fmt: skip
     print(json.dumps({"sheets": list(map(str, sheets))}) if as_json else "\n".join(map(str, sheets)))
 
@@ -123,11 +125,12 @@ def find_latest() -> Path:
 
 def sample_held_out(
     tuner: tuple[str | None, float], flags: dict[str, Any], *, tasks: list[str], count: int, seed: int,
-    base_alone: bool, out: Path | None, offline: bool, quiet: bool,
+    base_alone: bool, base: str | None, force: bool, normalize: bool | None, out: Path | None, offline: bool,
+    quiet: bool,
 ) -> list[Path]:  # fmt: skip
     """Samples the held-out captions and hints of a run, or of its tasks (all when none are named).
 
-    Returns the contact sheets.
+    Those of another `base` are kept apart from the run's own, by which it is evaluated. Returns the contact sheets.
     """
     from ..core.config import SampleConfig
     from ..core.resolving import resolve_config
@@ -136,6 +139,8 @@ def sample_held_out(
 
     name, scale = tuner
     run = find_run(name)
+    if base and out is None:
+        out = run.path / f"samples-on-{Path(base).name}"
     sheets = []
     for part in [run.of_task(task) for task in tasks] or run.parts():
         guidance = part.config.guidance if flags["guidance"] is None else flags["guidance"]
@@ -149,6 +154,9 @@ def sample_held_out(
             quiet=quiet,
             offline=offline,
             out=out / (part.task or "") if out else None,
+            base=base,
+            force=force,
+            normalize=normalize,
         )
         sheets.append(folders[0].parent / "sheet.png")
     return sheets

@@ -57,13 +57,16 @@ def sample_heldout(
     out: Path | None = None,
     repeat: bool = False,
     base: str | None = None,
+    force: bool = False,
+    normalize: bool | None = None,
 ) -> list[Path]:
     """Draws held-out captions with their hints into run/samples/<which>, or `out`/<which>; returns the folders.
 
     Of a run of several tasks, `run` is the part of one: run.of_task(NAME), with its samples in run/samples/NAME.
 
-    "tuned" draws with the trained tuner; "base", and any other name, with the untouched base or `base` in its place
-    (hints are saved beside the images for comparison). Image i has seed + i in all. With `repeat`, captions are drawn
+    "tuned" draws with the trained tuner; "base", and any other name, with the untouched base (hints are saved beside
+    the images for comparison). `base` takes the place of the run's; `force`: also one that the tuner is not for.
+    `normalize` as in `tuned`. Image i has seed + i in all. With `repeat`, captions are drawn
     again with further seeds where there are fewer than `count`. Beside the folders, sheet.png shows some images side by
     side, and heldout.json records how many were requested and drawn. Raises `SctoolError` if the run has no held-out
     data, and `UsageError` if its data is gone.
@@ -86,13 +89,13 @@ def sample_heldout(
     folders, parent = [], out or run.samples
     (parent / COUNTS).unlink(missing_ok=True)
     for kind in which:
-        tuners = [load_tuner(run.tuner, backbone)] if kind == "tuned" else []
+        tuners = [load_tuner(run.tuner, backbone, force=force)] if kind == "tuned" else []
         task = {"task": run.task} if run.task else {}
         used = [{"method": tuner.method, "run": run.name, **task, "scale": scale} for tuner in tuners]
         drawn = requests if tuners else [Request(request.prompt, request.seed) for request in requests]
         with (
             progress.counting(len(requests), f"sampling {kind}") as advance,
-            tuned(backbone.denoiser, *tuners, scales=scale),
+            tuned(backbone.denoiser, *tuners, scales=scale, normalize=normalize),
         ):
             images = (image for _, image in sample_images(backbone, drawn, sampling, advance))
             protocol = sampling_protocol(backbone, sampling, used)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones.bases import content_hash, family_of_base, find_base
 from ..backbones.families import family_of_denoiser
@@ -17,7 +18,7 @@ from ..backbones.loading import Backbone, load_backbone
 from ..backbones.students import read_student
 from ..backbones.thin import make_thin
 from ..backbones.upsampling import fold_upsampling
-from ..config import DistillConfig, StudentConfig, TrainConfig
+from ..config import DistillConfig, SampleConfig, StudentConfig, TrainConfig
 from ..data.records import Source
 from ..devices import choose_precision, torch_dtype
 from ..errors import UsageError
@@ -30,6 +31,7 @@ from ..training.objective import DiffusionObjective, Objective
 from ..training.recipe import Recipe
 from ..training.train import train_tasks
 from .card import student_card
+from .fastest import fastest
 from .making import Say, all_ranks, densified, make, plan, save_student
 from .objective import DistillObjective, Stages
 from .pruning import matching_stages
@@ -41,17 +43,21 @@ if TYPE_CHECKING:
 
 LEARNING_RATE = 5e-5
 """BK-SDM's (arXiv 2305.15798, section 4)."""
-START, RESULT, DENSE = "start", "student", "dense"
-"""Folders of a run: the untrained student, the trained one, and that in the stock architecture."""
+START, RESULT = "start", "student"
+"""Folders of a run: the untrained student and the trained one."""
+Also = Literal["dense", "fast"]
+"""Other folders of the trained student: in the stock architecture, and with each layer in the faster form."""
 
 
 class Distillation(Recipe):
-    """Trains all weights of a student against its teacher, the run's base. `dense` also writes the stock form."""
+    """Trains all weights of a student against its teacher, the run's base."""
 
-    def __init__(self, run: Run, config: TrainConfig, dense: bool = False, say: Say = lambda line: None) -> None:
+    def __init__(
+        self, run: Run, config: TrainConfig, also: Collection[Also] = (), say: Say = lambda line: None
+    ) -> None:
         """Raises `UsageError` for settings that do not go with a student."""
         assert config.distill is not None
-        self.run, self.settings, self.dense, self.say = run, config.distill, dense, say
+        self.run, self.settings, self.also, self.say = run, config.distill, also, say
         self.teacher: Backbone | None = None
         check(config)
 
@@ -89,7 +95,7 @@ class Distillation(Recipe):
 
     def finish(self, training: Training, summary: Summary) -> None:
         """Writes the student as a base, and the run's card. The trained weights are in the denoiser."""
-        write_student(self.run, training.backbone, student_card(training, summary), dense=self.dense)
+        write_student(self.run, training.backbone, student_card(training, summary), self.also)
 
 
 def check(config: TrainConfig) -> None:
@@ -146,7 +152,7 @@ def check_run(run: Run, config: TrainConfig, *, offline: bool = False) -> None:
 
 
 def make_only(
-    run: Run, config: TrainConfig, *, dense: bool = False, offline: bool = False, quiet: bool = False
+    run: Run, config: TrainConfig, *, also: Collection[Also] = (), offline: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
     """Writes the untrained student as the run's result; returns its figures.
 
@@ -159,7 +165,7 @@ def make_only(
         )
     start = make_start(run, config, offline=offline, say=Progress(quiet).note)
     backbone = load_backbone(str(start), offline=offline)
-    write_student(run, backbone, (start / "README.md").read_text(), dense=dense)
+    write_student(run, backbone, (start / "README.md").read_text(), also)
     assert backbone.student is not None
     return {
         "run": str(run.path), "student": str(run.path / RESULT),
@@ -168,14 +174,29 @@ def make_only(
     }  # fmt: skip
 
 
-def write_student(run: Run, start: Backbone, card: str, *, dense: bool = False) -> Path:
-    """Writes the trained student, whose weights are in `start`'s denoiser, into the run; returns its folder."""
+def write_student(run: Run, start: Backbone, card: str, also: Collection[Also] = ()) -> Path:
+    """Writes the trained student, whose weights are in `start`'s denoiser, into the run; returns its folder.
+
+    also: other forms of a low-rank one, each in a folder of that name.
+    """
     student, denoiser = read_student(run.path / START), plain(start.denoiser)
     assert student is not None
     folder = save_student(run.path / RESULT, start, denoiser, student, card)
-    if dense and student.ranks:
-        save_student(run.path / DENSE, start, densified(denoiser), replace(student, ranks={}), card)
+    if student.ranks and "dense" in also:
+        save_student(run.path / "dense", start, densified(denoiser), replace(student, ranks={}), card)
+    if student.ranks and "fast" in also:
+        fast = fastest(denoiser.to(start.device), partial(one_call, start)).cpu()
+        save_student(run.path / "fast", start, fast, replace(student, ranks=all_ranks(fast)[0]), card)
     return folder
+
+
+def one_call(backbone: Backbone, denoiser: nn.Module) -> Tensor:
+    """A call of a denoiser in the base's place as `sctool sample` makes by default, of noise without a prompt."""
+    batch, side = 2 * SampleConfig().batch, backbone.resolution // backbone.vae_scale  # twice, for guidance
+    latents = torch.randn(batch, backbone.latent_channels, side, side).to(backbone.device)
+    rows = {name: value.to(backbone.device) for name, value in backbone.encode_prompts([""] * batch).items()}
+    rows |= backbone.family.size_rows(batch, backbone.resolution, backbone.device)
+    return backbone.family.output(denoiser, latents, torch.zeros(batch, device=backbone.device), rows)
 
 
 def plain(denoiser: nn.Module) -> nn.Module:
@@ -218,12 +239,13 @@ def student_parameters(config: TrainConfig, *, offline: bool = False) -> int:
 
 def distill(
     config: TrainConfig, run: Run, source: Source, *, held_out: Source | None = None, distance: Distance | None = None,
-    dense: bool = False, offline: bool = False, quiet: bool = False,
+    also: Collection[Also] = (), offline: bool = False, quiet: bool = False,
 ) -> Summary:  # fmt: skip
     """Makes the config's student and trains it into the run folder, as `core.training.train`; the same call resumes.
 
-    distance: measures the student's samples against the teacher's on the way. The student is RUN/student.
+    distance: measures the student's samples against the teacher's on the way. The student is RUN/student; also: its
+    other forms, RUN/dense and RUN/fast.
     """
-    recipe = Distillation(run, config, dense, Progress(quiet).note)
+    recipe = Distillation(run, config, also, Progress(quiet).note)
     part = TaskSet(source, held_out, distance=distance)
     return train_tasks(config, run, {None: part}, offline=offline, quiet=quiet, recipe=recipe)

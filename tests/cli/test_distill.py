@@ -57,6 +57,7 @@ def test_the_plan_is_what_the_student_becomes(
         (["--ratio", "0.5", "--prune", "small"], "--ratio and --prune each decide"), (["--prune", "huge"], "prune"),
          (["--ranks", "none.yaml"], "cannot read config"),
         (["cond=canny"], "does not go with distill"), (["--prune", "small", "--densify"], "leave --densify out"),
+        (["--prune", "small", "--fastest"], "leave --fastest out"),
         (["--ratio", "0.3", "budget=0.5"], "ratio and budget each decide"),
         (["--prune", "small", "--start", "whitened"], "about low-rank layers"),
         (["--ratio", "1.5", "--steps", "0"], "between 0 and 1"),

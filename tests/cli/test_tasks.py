@@ -171,6 +171,23 @@ def test_the_held_out_images_of_every_task_are_drawn(
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["edges"]
 
 
+def test_the_held_out_images_on_another_base_are_kept_apart(
+    work: Path, tiny_base: Path, base_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = ["sample", "--tuner", "runs/alone", "--steps", "1", "--count", "2", "--quiet"]
+    make = ["distill", "--base", str(tiny_base), "--steps", "0", "--out", str(tmp_path), "--name", "small", "--quiet"]
+    assert sctool(make) == 0
+    assert sctool([*words, "--base", str(tmp_path / "small" / "student")]) == 0
+    drawn = work / "runs" / "alone" / "samples-on-student"
+    assert json.loads((drawn / "tuned" / "sampling.json").read_text())["base"]["id"].endswith("small/student")
+    assert list(rows(drawn / "tuned")[0]["hints"]) == ["canny"]
+    assert not (work / "runs" / "alone" / "samples" / "tuned").exists(), "the run is evaluated by its own base's"
+    other = base_maker(tmp_path / "other", seed=5)
+    assert sctool([*words, "--base", str(other)]) == 1
+    assert sctool([*words, "--base", str(other), "--force", "--out", str(tmp_path / "o")]) == 0
+    assert json.loads((tmp_path / "o" / "base" / "sampling.json").read_text())["base"]["id"] == str(other)
+
+
 def test_one_task_of_a_run_is_evaluated(work: Path, capsys: pytest.CaptureFixture[str], refused: Refused) -> None:
     words = ["evaluate", "runs/multi", "--nmse", "--count", "2", "--steps", "1", "--quiet"]
     assert "Choose with --task: style, edges" in refused(*words)

@@ -183,12 +183,12 @@ def settings(base: Path, data: Path, *pairs: str) -> TrainConfig:
     return distill_config(flags, [*quick, *pairs])
 
 
-def run_in(folder: Path, config: TrainConfig, dense: bool = False) -> Run:
+def run_in(folder: Path, config: TrainConfig, also: Any = ()) -> Run:
     from sctool.annotators.training_sets import open_training_sets
 
     run = open_run(folder, "run", config)
     source, held_out, _ = open_training_sets(config, 32, quiet=True)
-    distill(config, run, source, held_out=held_out, dense=dense, quiet=True)
+    distill(config, run, source, held_out=held_out, also=also, quiet=True)
     return run
 
 
@@ -218,7 +218,7 @@ def test_a_crashed_run_ends_bit_identical(
 
 def test_the_student_is_closer_to_its_teacher_than_it_was(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     config = settings(tiny_base, pictures, "ema=0", "steps=40", "lr=3e-3", "save_every=40")
-    run = run_in(tmp_path, config, dense=True)
+    run = run_in(tmp_path, config, also=("dense",))
     teacher, start, student, dense = (
         load_backbone(str(path)) for path in (tiny_base, *(run.path / name for name in ("start", "student", "dense")))
     )
