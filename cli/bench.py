@@ -45,7 +45,9 @@ Rate = Annotated[
 ]
 Rates = Annotated[
     str | None,
-    typer.Option(help="Rates to try for every method without --lr, e.g. 3e-4,1e-3; lowest held-out loss wins."),
+    typer.Option(
+        help="Learning rates to try for every row without one of its own, e.g. 3e-4,1e-3; lowest held-out loss wins."
+    ),
 ]
 RateSteps = Annotated[
     int | None, typer.Option(min=1, help="Steps of the runs that --rates makes. \\[default: --steps]")
@@ -203,6 +205,8 @@ def distill(
     steps: Steps = 500,
     batch: Batch = None,
     seeds: Seeds = 3,
+    rates: Rates = None,
+    rate_steps: RateSteps = None,
     count: Count = 200,
     sample_steps: SampleSteps = None,
     guidance: Guidance = None,
@@ -228,15 +232,17 @@ def distill(
 
       sctool bench distill --base ./sd21 --data laion --arms lowrank,bk-small --steps 5000 --batch 32 --dry-run
 
+      sctool bench distill --arms lowrank,bk-small --rates 3e-4,1e-3 --rate-steps 60 --report
+
       sctool bench distill --arms lowrank,half,white half:ratio=0.5 white:ratio=0.4225 white:start=whitened --report
     """
     from ..eval.bench.distill import Distill
 
     asked: dict[str, Any] = {
         "names": _names(arms), "bases": [base or "mini"], "seeds": seeds,
-        "flags": {"data": data, "steps": steps, "batch": batch}, "pairs": pairs or (), "count": count,
-        "sample_steps": sample_steps, "guidance": guidance,
-        "measuring": _measuring(features, weights, clip_model, clip_weights),
+        "flags": {"data": data, "steps": steps, "batch": batch}, "pairs": pairs or (),
+        "rates": _numbers(rates), "rate_steps": rate_steps, "count": count, "sample_steps": sample_steps,
+        "guidance": guidance, "measuring": _measuring(features, weights, clip_model, clip_weights),
     }  # fmt: skip
     _run(Distill(), asked, out, report=report, dry_run=dry_run, offline=offline, as_json=as_json, quiet=quiet)
 

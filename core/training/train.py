@@ -152,13 +152,14 @@ class BetweenSteps:
 
     def _validate(self, done: int) -> None:
         """Held-out figures and previews of the averaged weights; their time is not a step's."""
+        began = time.perf_counter()
         if self.validators:
             t = self.training
             with averaged(t.ema, t.parameters):
                 for validator, lane in zip(self.validators, t.lanes, strict=True):
                     self.validation |= validator(done, self._held_out_losses(lane), t.noising)
             self.logger.row(done, self.validation)
-        self.clock = time.perf_counter()
+        self.clock += time.perf_counter() - began
 
     def _held_out_losses(self, lane: Lane) -> Losses:
         """The unweighted loss of each sample of a lane."""

@@ -58,5 +58,5 @@ def tune_rates(shop: Workshop) -> dict[str, Tuned]:
     for arm, tried in losses.items():
         if not any(map(math.isfinite, tried.values())):
             own = shop.settings.arms[arm].own
-            raise SctoolError(f"{arm} diverged at every rate of --rates; add smaller ones, or --lr {own}=RATE.")
+            raise SctoolError(f"{arm} diverged at every rate of --rates; add smaller ones, or {own}:lr=RATE.")
     return {arm: Tuned(tried) for arm, tried in losses.items()}

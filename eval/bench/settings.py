@@ -139,7 +139,7 @@ def make_settings(
     for arm in settings.arms:
         form.check_config(settings.config(arm, 0))
     if rates and not settings.tuned:
-        raise UsageError("--rates has no use: every method has a learning rate by --lr. Leave one of them out.")
+        raise UsageError("--rates has no use: every row has a learning rate of its own. Leave one of them out.")
     guidance = settings.first.guidance if guidance is None else guidance
     sampling = resolve_config(SampleConfig, flags={"steps": sample_steps, "guidance": guidance})
     return replace(settings, sampling=sampling)

@@ -27,10 +27,10 @@ from sctool.core.errors import SctoolError, UsageError
 from sctool.core.runs import Run, open_run
 from sctool.core.training.batches import Draw
 from sctool.core.training.objective import DiffusionObjective
-from sctool.core.training.trainer import Trainer
 from sctool.core.tuners import method_config, tuner_class
 
 from ..tiny import unet
+from ..training.crashing import crash_before_step
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WEIGHTS = {
@@ -173,10 +173,6 @@ def test_the_cache_holds_the_teacher_s_outputs_for_few_fixed_draws(tmp_path: Pat
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
-class Crash(Exception):
-    pass
-
-
 def settings(base: Path, data: Path, *pairs: str) -> TrainConfig:
     flags = {"base": str(base), "data": str(data), "steps": 6, "batch": 4}
     quick = ["save_every=2", "validate_every=0", "sample_every=0", "lr=1e-3", "ema=0.5", "flip=true"]
@@ -193,21 +189,11 @@ def run_in(folder: Path, config: TrainConfig, also: Any = ()) -> Run:
 
 
 @pytest.mark.parametrize("pairs", [(), ("cache=2", "feature=0"), ("weighting=min_snr", "task=0.5", "form=spatial")])
-def test_a_crashed_run_ends_bit_identical(
-    pairs: tuple, tiny_base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crashed_run_ends_bit_identical(pairs: tuple, tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     config = settings(tiny_base, pictures, *pairs)
-    straight, step = run_in(tmp_path / "a", config), Trainer.step
-
-    def crashing(self: Trainer, number: int) -> Any:
-        if number == 5:
-            raise Crash
-        return step(self, number)
-
-    monkeypatch.setattr(Trainer, "step", crashing)
-    with pytest.raises(Crash):
+    straight = run_in(tmp_path / "a", config)
+    with crash_before_step(5):
         run_in(tmp_path / "b", config)
-    monkeypatch.setattr(Trainer, "step", step)
     resumed = run_in(tmp_path / "b", config)
     file = "student/unet/diffusion_pytorch_model.safetensors"
     ours, theirs = (load_file(run.path / file) for run in (straight, resumed))

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,11 @@ from sctool.core.config import TrainConfig
 from sctool.core.errors import SctoolError, UsageError
 from sctool.core.runs import Run, open_run
 from sctool.core.training.batches import training_draw
+from sctool.core.training.train import BetweenSteps
 from sctool.core.training.trainer import Trainer
 from sctool.core.tuners import TUNERS
+
+from .crashing import crash_before_step
 
 QUICK = {
     "steps": 8, "batch": 4, "save_every": 3, "validate_every": 0, "sample_every": 0, "lr": 1e-2, "preview_steps": 2,
@@ -100,32 +105,16 @@ def test_a_killed_run_ends_bit_identical(tiny_base: Path, edges: Path, tmp_path:
     assert steps == sorted(set(steps)), "metrics of repeated steps were kept"
 
 
-class Crash(Exception):
-    """The machine went down."""
-
-
 def rows_of(run: Run) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def test_the_log_after_a_crash_is_that_of_an_undisturbed_run(
-    tiny_base: Path, edges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sctool.core.training.trainer import Trainer
-
+def test_the_log_after_a_crash_is_that_of_an_undisturbed_run(tiny_base: Path, edges: Path, tmp_path: Path) -> None:
     settings = config(tiny_base, edges, cond=("canny",), steps=14, validate_every=7)
-    straight, step = trained(tmp_path / "a", settings), Trainer.step
-
-    def crashing(self: Trainer, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if number == 8:
-            raise Crash
-        return step(self, number)
-
-    monkeypatch.setattr(Trainer, "step", crashing)
-    with pytest.raises(Crash):
+    straight = trained(tmp_path / "a", settings)
+    with crash_before_step(8):
         trained(tmp_path / "b", settings)
-    monkeypatch.setattr(Trainer, "step", step)
     resumed = trained(tmp_path / "b", settings)
     assert [row["step"] for row in rows_of(straight)] == [7, 10, 14, 14]
     assert rows_of(resumed) == rows_of(straight)
@@ -134,23 +123,34 @@ def test_the_log_after_a_crash_is_that_of_an_undisturbed_run(
 
 @pytest.mark.parametrize(("method", "conditions"), NEEDED)
 def test_a_crashed_run_of_every_method_ends_bit_identical(
-    method: str, conditions: tuple[str, ...], tiny_base: Path, edges: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    method: str, conditions: tuple[str, ...], tiny_base: Path, edges: Path, tmp_path: Path
+) -> None:
     settings = config(tiny_base, edges, method=method, cond=conditions, steps=5, lr=1e-3, weight_decay=0.1)
-    straight, step = trained(tmp_path / "a", settings), Trainer.step
-
-    def crashing(self: Trainer, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if number == 4:
-            raise Crash
-        return step(self, number)
-
-    monkeypatch.setattr(Trainer, "step", crashing)
-    with pytest.raises(Crash):
+    straight = trained(tmp_path / "a", settings)
+    with crash_before_step(4):
         trained(tmp_path / "b", settings)
-    monkeypatch.setattr(Trainer, "step", step)
     assert Run(tmp_path / "b" / "run").states()
     assert same(weights(straight), weights(trained(tmp_path / "b", settings)))
+
+
+def test_the_seconds_of_the_log_are_those_of_all_steps_and_of_nothing_else(
+    tiny_base: Path, edges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def taking(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*values: Any) -> Any:
+            now[0] += seconds
+            return work(*values)
+
+        return timed
+
+    monkeypatch.setattr("sctool.core.training.train.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Trainer, "step", taking(1, Trainer.step))
+    monkeypatch.setattr(BetweenSteps, "_held_out_losses", taking(50, BetweenSteps._held_out_losses))
+    run = trained(tmp_path, config(tiny_base, edges, cond=("canny",), steps=12, validate_every=4))
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [(row["step"], row["seconds"]) for row in rows if "seconds" in row] == [(10, 10), (12, 2)]
 
 
 def test_more_steps_go_on_where_the_run_ended(tiny_base: Path, edges: Path, tmp_path: Path) -> None:
@@ -218,18 +218,42 @@ def test_sigterm_saves_first(tiny_base: Path, edges: Path, tmp_path: Path) -> No
     assert Run(tmp_path / "run").states()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "conditions"), [("scedit", ("canny",)), *NEEDED])
-def test_two_processes_equal_one(
-    method: str, conditions: tuple[str, ...], tiny_base: Path, edges: Path, tmp_path: Path
-) -> None:
-    straight = trained(tmp_path / "a", config(tiny_base, edges, cond=conditions, method=method, lr=1e-3))
+TWO_METHODS = [("scedit", ("canny",)), *NEEDED]
+EVERY_METHOD = """
+import json, sys
+from accelerate import Accelerator
+from sctool.cli import run
+assert Accelerator().num_processes == 2
+for words in json.loads(sys.argv[1]):
+    assert run(words) == 0, words
+"""
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(tiny_base: Path, edges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of every method, trained by two processes that train one method after the other."""
+    folder, commands = tmp_path_factory.mktemp("two"), []
+    for number, (method, conditions) in enumerate(TWO_METHODS):
+        control = ["--cond", ",".join(conditions)] if conditions else []
+        words = command(tiny_base, edges, folder / str(number), "--method", method, "lr=1e-3", *control)
+        commands.append(words[2:])
+    script = folder / "every_method.py"
+    script.write_text(EVERY_METHOD)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    control = ["--cond", ",".join(conditions)] if conditions else []
-    words = [*launch, *command(tiny_base, edges, tmp_path / "b", "--method", method, "lr=1e-3", *control)]
+    words = [*launch, str(script), json.dumps(commands)]
     done = subprocess.run(words, env={**environment(), "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    ours, theirs = weights(straight), weights(Run(tmp_path / "b" / "run"))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(TWO_METHODS)), ids=lambda number: "-".join(map(str, TWO_METHODS[number])))
+def test_two_processes_equal_one(
+    number: int, in_two_processes: Path, tiny_base: Path, edges: Path, tmp_path: Path
+) -> None:
+    method, conditions = TWO_METHODS[number]
+    straight = trained(tmp_path, config(tiny_base, edges, cond=conditions, method=method, lr=1e-3))
+    ours, theirs = weights(straight), weights(Run(in_two_processes / str(number) / "run"))
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=1e-4)

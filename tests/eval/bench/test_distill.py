@@ -242,6 +242,31 @@ def test_the_page_and_the_terminal_show_every_row(distilled: Finished, capsys: p
     assert not {"ratio", "tuner", "lr"} & content["protocol"]["training"].keys()
 
 
+def test_every_student_learns_at_its_own_best_rate(
+    make: Make, weakening: Weakening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = weakening.distill
+
+    def learning(config: TrainConfig, run: Run, *values: Any, **more: Any) -> None:
+        original(config, run, *values, **more)
+        assert config.lr is not None
+        best = 1e-3 if "task" in config.tuner else 1e-4
+        run.log({"step": config.steps, "val/loss": 1 + abs(config.lr - best)})
+
+    monkeypatch.setattr(weakening, "distill", learning)
+    names, done = ("lowrank", "lowrank-undistilled", "half"), len(weakening.calls)
+    pairs, rates = ("half:ratio=0.5", "half:lr=7e-5"), (1e-5, 1e-4, 1e-3)
+    settings = make(Distill(), names=names, pairs=pairs, seeds=1, rates=rates, rate_steps=2)
+    table = make_table(open_workshop(settings, tmp_path, quiet=True))
+    chosen = {name: row["chosen"] for name, row in table.to_json()["rates"].items()}
+    assert chosen == {"lowrank": 1e-4, "lowrank-undistilled": 1e-3}
+    runs = {(name, config["lr"], config["steps"], config["seed"]) for name, config, _ in weakening.calls[done:]}
+    assert {("lowrank-seed0", 1e-4, 3, 0), ("lowrank-undistilled-seed0", 1e-3, 3, 0), ("half-seed0", 7e-5, 3, 0)} < runs
+    assert {(lr, steps, seed) for name, lr, steps, seed in runs if name.startswith("lowrank-lr")} == {
+        (rate, 2, 1000) for rate in rates
+    }
+
+
 # ----------------------------------------------------------------------------------------------------- refusals
 
 
