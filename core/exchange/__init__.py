@@ -1,0 +1,1 @@
+"""Tuners in the formats of other tools: what is read and written."""
