@@ -15,6 +15,7 @@ from .bench import app as bench
 from .compare import compare
 from .distill import distill
 from .evaluate import evaluate
+from .exchange import export, import_
 from .merge import merge
 from .methods import methods
 from .options import Command
@@ -31,8 +32,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (annotate, train, distill, merge, sample, evaluate, compare, methods):
-    app.command(cls=Command, no_args_is_help=command in (annotate, merge))(command)
+for command in (annotate, train, distill, merge, import_, export, sample, evaluate, compare, methods):
+    name, needs_words = command.__name__.removesuffix("_"), command in (annotate, merge, import_, export)
+    app.command(name, cls=Command, no_args_is_help=needs_words)(command)
 app.add_typer(bench, name="bench")
 app.add_typer(weights, name="weights")
 

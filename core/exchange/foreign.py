@@ -72,9 +72,10 @@ class Format(ABC):
         """
 
     def write(self, out: Path, tuner: Tuner, backbone: Backbone, meta: Mapping[str, Any]) -> list[Path]:
-        """Writes a tuner of one of `methods` into the new folder `out`; `meta` as `core.checkpoint.describe`.
+        """Writes a tuner of one of `methods` into the folder `out`, which is there and empty; returns the files.
 
-        Returns the files. Raises `DoesNotFit` for settings that the format cannot hold.
+        meta: as `core.checkpoint.describe`, and `name`, for files that are called by one. Raises `DoesNotFit` for
+        settings that the format cannot hold.
         """
         raise NotImplementedError
 

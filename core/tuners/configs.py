@@ -81,6 +81,7 @@ class LoRAConfig(Config):
     alpha: float | None = Field(None, gt=0, description="the update is multiplied by alpha / rank; rank when not given")
     layers: tuple[str, ...] | None = Field(("attention",), description=ADAPTED)
     ranks: dict[str, int] = Field(default_factory=dict, description="rank of single layers, instead of rank")
+    alphas: dict[str, float] = Field(default_factory=dict, description="alpha of single layers, instead of alpha")
 
 
 class DoRAConfig(LoRAConfig):

@@ -113,8 +113,9 @@ class PeftTuner(SiteTuner):
         if conditions:
             raise UsageError(f"{self.method} takes no condition maps; drop --cond, or use --method scedit.")
         super().__init__(config, chosen_layers(denoiser, config.layers), (), vae_scale)
-        if strange := sorted(getattr(config, "ranks", {}).keys() - {site.name for site in self.sites}):
-            raise DoesNotFit(f"ranks names {strange[0]}, which is not an adapted layer.")
+        for key in ("ranks", "alphas"):
+            if strange := sorted(getattr(config, key, {}).keys() - {site.name for site in self.sites}):
+                raise DoesNotFit(f"{key} names {strange[0]}, which is not an adapted layer.")
         self.adapted: dict[Layer, Any] = {}
         for site in self.sites:
             layer = wrapped(find_module(denoiser, site.name), self.settings(site))
@@ -166,7 +167,8 @@ class LoRA(PeftTuner):
 
     def settings(self, site: Layer) -> PeftConfig:
         """As peft names them."""
-        rank, alpha = self.config.ranks.get(site.name, self.config.rank), self.config.alpha
+        rank = self.config.ranks.get(site.name, self.config.rank)
+        alpha = self.config.alphas.get(site.name, self.config.alpha)
         return LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=["layer"])
 
 

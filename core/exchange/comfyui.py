@@ -1,0 +1,39 @@
+"""Files for ComfyUI: its own LoRA loader takes kohya's; SC-, CSC-Tuners and DiffScaler need `integrations/comfyui`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..backbones.loading import Backbone
+from ..checkpoint import save_tuner
+from ..tuners.base import Tuner
+from .foreign import Foreign, Format, Reading
+from .kohya import Kohya
+
+LORAS = ("lora", "dora")
+
+
+class ComfyUI(Format):
+    """One .safetensors file."""
+
+    name = "comfyui"
+    what = "files for ComfyUI"
+    methods = (*LORAS, "scedit", "diffscaler")
+
+    def fits(self, foreign: Foreign) -> bool:
+        """Never: such files are kohya's or our own."""
+        return False
+
+    def read(self, foreign: Foreign, backbone: Backbone, condition: str | None) -> Reading:
+        """Not called, since no file fits."""
+        raise NotImplementedError
+
+    def write(self, out: Path, tuner: Tuner, backbone: Backbone, meta: Mapping[str, Any]) -> list[Path]:
+        """out/NAME.safetensors."""
+        if tuner.method in LORAS:
+            return Kohya().write(out, tuner, backbone, meta)
+        file = out / f"{meta['name']}.safetensors"
+        save_tuner(file, tuner, backbone, maps=meta.get("maps"), task=meta.get("task"))
+        return [file]
