@@ -40,9 +40,12 @@ def import_(
       sctool import ldm_step-10000/pytorch_model.bin --base ./sd21 --cond canny --out edges
     """
     from ..core.backbones.loading import load_backbone
+    from ..core.data.conditions import parse_conditions
     from ..core.errors import UsageError
     from ..core.exchange.importing import read_tuner, write_tuner
 
+    if cond is not None and [spec.name for spec in parse_conditions(cond)] != [cond]:
+        raise UsageError(f"--cond {cond}: name one condition without settings, e.g. canny.")
     out = out or Path(file.resolve().stem)
     if not dry_run and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UsageError(f"--out {out} exists already; choose another folder, or remove it.")

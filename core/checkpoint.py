@@ -68,10 +68,13 @@ def _header(path: Path) -> dict[str, Any]:
         raise SctoolError(f"tuner '{path}' is not a safetensors file, or is damaged: {error}.") from error
 
 
-def read_meta(path: str | Path) -> dict[str, Any]:
-    """The description in a tuner file: method, config, conditions, skips, base, maps, licence. Imports no torch."""
+def read_meta(path: str | Path, condition: str | None = None) -> dict[str, Any]:
+    """The description in a tuner file: method, config, conditions, skips, base, maps, licence. Imports no torch.
+
+    condition: what the maps of an adapter in diffusers' format are, whatever its folder says.
+    """
     path = tuner_file(path)
-    if published := published_meta(path):
+    if published := published_meta(path, condition):
         return published
     try:
         return json.loads(_header(path)["__metadata__"]["sctool"])
@@ -147,15 +150,19 @@ def save_in_diffusers(
         write_json(temporary / OURS, {"condition": condition, "maps": made, "base": base, "licence": backbone.licence})
 
 
-def load_tuner(path: str | Path, target: Backbone | nn.Module, force: bool = False) -> Tuner:
+def load_tuner(
+    path: str | Path, target: Backbone | nn.Module, force: bool = False, condition: str | None = None
+) -> Tuner:
     """The tuner in `path` (see `tuner_file`), built for `target`, a backbone or a denoiser, on its device.
+
+    condition: as `read_meta`.
 
     Raises `SctoolError` when it belongs to another base, unless `force`; when its shapes do not fit, always.
     """
     from safetensors.torch import load_file
 
     file = tuner_file(path)
-    meta, denoiser = read_meta(file), getattr(target, "denoiser", target)
+    meta, denoiser = read_meta(file, condition), getattr(target, "denoiser", target)
     if not force:
         _check_base(file, meta, target)
         _check_places(file, meta, target)

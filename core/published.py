@@ -59,11 +59,12 @@ def published_file(folder: Path) -> Path | None:
     return None
 
 
-def published_meta(file: Path) -> dict[str, Any] | None:
+def published_meta(file: Path, condition: str | None = None) -> dict[str, Any] | None:
     """The description of a diffusers adapter's weights as that of a tuner file; None for any other file.
 
-    `prefix` is what its weights' names begin with here. Raises `UsageError` where the condition cannot be told, and for
-    an adapter that reads its map in another way than those trained here.
+    condition: what its maps are, whatever the folder says. `prefix` is what its weights' names begin with here.
+    Raises `UsageError` where the condition cannot be told, and for an adapter that reads its map in another way than
+    those trained here.
     """
     config = _config(file.parent) if file.name.startswith(WEIGHTS) else {}
     kind = KINDS.get(str(config.get("_class_name")))
@@ -71,7 +72,7 @@ def published_meta(file: Path) -> dict[str, Any] | None:
         return None
     check_supported(file.parent, config)
     ours = _json(file.parent / OURS)
-    condition = ours.get("condition") or condition_in(file.parent)
+    condition = condition or ours.get("condition") or condition_in(file.parent)
     return {
         "method": kind.method,
         "config": _settings(kind.method, config),

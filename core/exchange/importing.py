@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from ..backbones.loading import Backbone
-from ..checkpoint import load_tuner, save_tuner
-from ..data.conditions import condition as known_condition
+from ..checkpoint import load_tuner, read_meta, save_tuner
 from ..errors import SctoolError, UsageError
 from ..files import sha256
-from ..published import published_file, published_meta
+from ..published import published_file
 from ..tuners import method_config, tuner_class
 from ..tuners.base import Tuner
 from .foreign import Reading, read_foreign
@@ -50,24 +49,30 @@ def read_tuner(
     Raises `UsageError` for a format that is not known, a file for another base, and keys that would be dropped, and
     `SctoolError` for a damaged file.
     """
-    if condition:
-        known_condition(condition)
     wrong = [text for text in ignore if not _valid(text)]
     if wrong:
         raise UsageError(f"--ignore {wrong[0]} is not a valid regular expression.")
     path = Path(path).expanduser()
     if file := published_file(path):
-        tuner = load_tuner(path, backbone)
-        prefix = (published_meta(file) or {}).get("prefix", "")
-        used = {name.removeprefix(prefix): name for name in tuner.state_dict()}
-        return Imported(tuner, file, f"{tuner.method} of diffusers", used, (), (published_meta(file) or {})["maps"])
+        return published(file, backbone, condition, ignore)
     foreign = read_foreign(path)
     form = recognised(foreign)
     reading = form.read(foreign, backbone, condition)
     unused = [key for key in foreign.tensors if key not in reading.used]
     refuse_unused(foreign.path, [key for key in unused if not any(re.search(text, key) for text in ignore)])
     tuner = built(foreign.path, reading, backbone)
+    if condition and not tuner.conditions:
+        raise UsageError(f"{foreign.path} is {form.what}, which has no condition maps; leave --cond out.")
     return Imported(tuner, foreign.path, form.what, reading.used, unused, {})
+
+
+def published(file: Path, backbone: Backbone, condition: str | None, ignore: Sequence[str]) -> Imported:
+    """A ControlNet, T2I-Adapter or ControlNet-XS in diffusers' own format. All its keys are used, or it is refused."""
+    if ignore:
+        raise UsageError("an adapter of diffusers is read as a whole; leave --ignore out.")
+    tuner, meta = load_tuner(file, backbone, condition=condition), read_meta(file, condition)
+    used = {name.removeprefix(meta["prefix"]): name for name in tuner.state_dict()}
+    return Imported(tuner, file, f"{tuner.method} of diffusers", used, (), meta["maps"])
 
 
 def refuse_unused(file: Path, keys: Sequence[str]) -> None:
