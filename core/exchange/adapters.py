@@ -31,7 +31,7 @@ def ranks(foreign: Foreign, backbone: Backbone, first: Mapping[int, str]) -> dic
             raise incomplete(foreign, key)
         shape, channels = tuple(foreign.tensors[key].shape), sites[index].channels
         if len(shape) != 2 or shape[1] != channels or not shape[0]:
-            raise UsageError(f"{misfit(foreign, backbone)}: {key} is {shape}, and {sites[index]} is {channels} wide.")
+            raise UsageError(f"{misfit(foreign, backbone)}: {key} is {shape}, and skip {index} is {channels} wide.")
         widths[index] = shape[0]
     return widths
 

@@ -75,8 +75,8 @@ class Scepter(Format):
 
         assert isinstance(tuner, SCEdit)
         sites = known_skips(backbone.denoiser)
-        for reason in _unfit(tuner, sites):
-            raise DoesNotFit(f"{reason} Keep sctool's own file.")
+        if reason := next(_unfit(tuner, sites), None):
+            raise DoesNotFit(f"{reason} Or keep sctool's own file.")
         config = _control_config(tuner, sites) if tuner.conditions else _text_config(tuner, sites)
         ours = {key: meta[key] for key in ("conditions", "maps", "base", "licence") if key in meta}
         theirs = partial(_theirs, count=len(sites))
@@ -124,12 +124,12 @@ def _sc_tuner(foreign: Foreign, backbone: Backbone, sites: list[Skip]) -> Readin
     keys = by_name(foreign, lambda key: match[1] if (match := TEXT.fullmatch(key)) else None)
     widths = ranks(foreign, backbone, _first(keys, "lsc_identity", len(sites)))
     stated = foreign.config.get("SC_TUNER_CFG")
-    if isinstance(stated, Mapping):  # it also says which skips are edited
+    stated = stated if isinstance(stated, Mapping) else {}
+    if stated:  # it also says which skips are edited
         chosen = foreign.config.get("USE_LAYERS") or range(len(sites))
-        for number in chosen:
-            if len(sites) - 1 - number not in widths:
-                raise incomplete(foreign, f"lsc_identity.{number}")
-    config = settings(widths, sites, stated.get("DOWN_RATIO") if isinstance(stated, Mapping) else None)
+        if absent := sorted(set(chosen) - {len(sites) - 1 - index for index in widths}):
+            raise incomplete(foreign, f"lsc_identity.{absent[0]}")
+    config = settings(widths, sites, stated.get("DOWN_RATIO"))
     return fitted(foreign, backbone, config, (), partial(_theirs, count=len(sites)), keys)
 
 
@@ -159,7 +159,7 @@ def _controller(foreign: Foreign, backbone: Backbone, sites: list[Skip], conditi
         "hint_channels": _size(foreign, keys, "pre_hint_blocks.12.weight", 0),
         "normalize": False,  # their sum over conditions is not normalised
         **({"skips": tuple(indices)} if len(indices) < len(sites) else {}),
-        **({"gains": {condition: float(scale)}} if (scale := stated.get("SCALE", 1.0)) != 1 else {}),
+        **({"gains": {condition: scale}} if (scale := stated.get("SCALE", 1.0)) != 1 else {}),
     }
     return fitted(foreign, backbone, config, (condition,), partial(_theirs, count=len(sites)), keys)
 
@@ -191,7 +191,8 @@ def _size(foreign: Foreign, keys: Mapping[str, str], name: str, axis: int) -> in
 def _condition(foreign: Foreign, condition: str | None) -> str:
     """What a controller is controlled by. Raises `UsageError` where nobody says it, or two say different things."""
     ours = foreign.config.get(OURS)
-    [stated] = (ours.get("conditions") if isinstance(ours, Mapping) else None) or [None]
+    names = ours.get("conditions") if isinstance(ours, Mapping) else None
+    stated = str(names[0]) if isinstance(names, list) and names else None
     if stated and condition and stated != condition:
         raise UsageError(f"{foreign.path} is controlled by {stated}; leave out --cond {condition}.")
     if name := stated or condition:
@@ -215,13 +216,13 @@ def _unfit(tuner: SCEdit, sites: list[Skip]) -> Iterator[str]:
     if config.operator != "linear":
         yield f"operator={config.operator}: scepter's adapters are linear; train with operator=linear."
     if tuner.classes:
-        yield f"classes={','.join(tuner.classes)}: scepter's files have no new classes."
+        yield f"classes={','.join(tuner.classes)}: scepter's files have no new classes; train on captions."
     if not conditions:
         if ratio(_widths(tuner.sc), sites) is None:
-            yield f"ranks={config.ranks}: scepter's SC-Tuner has one ratio for all skips."
+            yield f"ranks={config.ranks}: scepter's SC-Tuner has one ratio for all skips; train with one."
         return
     if config.ranks:
-        yield "the tuner is an SC-Tuner and a CSC-Tuner in one (ranks), which scepter has in two files."
+        yield "the tuner is an SC-Tuner and a CSC-Tuner in one (ranks), which scepter has in two files; export them unmerged."
     if len(conditions) > 1:
         yield f"conditions={','.join(conditions)}: a controller of scepter has one; train one run a condition."
     if config.dual:
@@ -229,11 +230,11 @@ def _unfit(tuner: SCEdit, sites: list[Skip]) -> Iterator[str]:
     if config.cascade != "zero-chain":
         yield f"cascade={config.cascade}: scepter's cascade has no heads; train with cascade=zero-chain."
     if config.skips is not None and len(config.skips) < len(sites):
-        yield f"skips={list(config.skips)}: scepter's controllers run with all skips only."
+        yield f"skips={list(config.skips)}: scepter's controllers run with all skips only; train with all."
     if tuner.vae_scale != FACTOR:
-        yield f"the base's autoencoder reduces by {tuner.vae_scale}, and scepter's hint block by {FACTOR}."
+        yield f"the base's autoencoder reduces by {tuner.vae_scale}, and scepter's hint block by {FACTOR}; train on another base."
     if any(ratio(_widths(branch.tuner), sites) is None for branch in tuner.csc.values()):
-        yield f"ratio={config.ratio}: here every width is at least 1, which no ratio gives in scepter."
+        yield f"ratio={config.ratio}: here every width is at least 1, which no ratio gives in scepter; train with a larger one."
 
 
 def _widths(adapters: Any) -> dict[int, int]:

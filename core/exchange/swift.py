@@ -95,7 +95,7 @@ def _finder(foreign: Foreign, backbone: Backbone, sites: list[Skip]) -> Callable
             mode = f"tuner_mode={stated}" if stated else "no tuner_mode"
             raise UsageError(f"{foreign.path} edits {place} ({mode}), which is not the place of a skip connection.")
         numbers = [int(number) for number in match.groups()]
-        reached = _decoder_order(sites)
+        reached = sites[::-1]  # as the decoder's layers take them: the encoder's last output first
         if len(numbers) == 2:  # the block, and the layer in it
             reached, numbers = [skip for skip in reached if skip.block == numbers[0]], numbers[1:]
         if numbers[0] >= len(reached):
@@ -104,7 +104,3 @@ def _finder(foreign: Foreign, backbone: Backbone, sites: list[Skip]) -> Callable
 
     return index
 
-
-def _decoder_order(sites: list[Skip]) -> list[Skip]:
-    """The skips as the decoder's layers take them, the encoder's last output first."""
-    return sites[::-1]
