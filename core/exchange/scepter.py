@@ -222,7 +222,7 @@ def _unfit(tuner: SCEdit, sites: list[Skip]) -> Iterator[str]:
             yield f"ranks={config.ranks}: scepter's SC-Tuner has one ratio for all skips; train with one."
         return
     if config.ranks:
-        yield "the tuner is an SC-Tuner and a CSC-Tuner in one (ranks), which scepter has in two files; export them unmerged."
+        yield "the tuner is an SC-Tuner and a CSC-Tuner in one (ranks); export the two that it was merged from."
     if len(conditions) > 1:
         yield f"conditions={','.join(conditions)}: a controller of scepter has one; train one run a condition."
     if config.dual:
@@ -232,9 +232,9 @@ def _unfit(tuner: SCEdit, sites: list[Skip]) -> Iterator[str]:
     if config.skips is not None and len(config.skips) < len(sites):
         yield f"skips={list(config.skips)}: scepter's controllers run with all skips only; train with all."
     if tuner.vae_scale != FACTOR:
-        yield f"the base's autoencoder reduces by {tuner.vae_scale}, and scepter's hint block by {FACTOR}; train on another base."
+        yield f"its autoencoder reduces by {tuner.vae_scale}, scepter's hint block by {FACTOR}; take another base."
     if any(ratio(_widths(branch.tuner), sites) is None for branch in tuner.csc.values()):
-        yield f"ratio={config.ratio}: here every width is at least 1, which no ratio gives in scepter; train with a larger one."
+        yield f"ratio={config.ratio}: no ratio gives these widths in scepter; train with a larger one."
 
 
 def _widths(adapters: Any) -> dict[int, int]:

@@ -2,8 +2,9 @@
 
 `swift/tuners/scetuning/scetuning.py` puts a module `scetuner_NAME` on each target module and saves the whole model's
 keys that contain it (`swift/tuners/base.py`) beside `adapter_config.json`. Where a target is, and swift's
-`tuner_mode`, decide what is edited: `decoder` the skip inside a decoder layer's input, `identity` a skip where scepter's
-U-Net has an empty module for it (`lsc_identity`), `encoder` the output of an encoder block, which is not SCEdit.
+`tuner_mode`, decide what is edited: `decoder` the skip inside a decoder layer's input, `identity` a skip where
+scepter's U-Net has an empty module for it (`lsc_identity`), `encoder` the output of an encoder block, which is not
+SCEdit.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Swift(Format):
 
         without_maps(foreign, condition)
         if foreign.config.get("hint_modules"):
-            raise UsageError(f"{foreign.path} was made with hint_modules, which swift does not feed; it is no controller.")
+            raise UsageError(
+                f"{foreign.path} has hint_modules, which swift never gives to its adapters; it is no controller."
+            )
         sites = known_skips(backbone.denoiser)
         index = _finder(foreign, backbone, sites)
         found: set[int] = set()
@@ -103,4 +106,3 @@ def _finder(foreign: Foreign, backbone: Backbone, sites: list[Skip]) -> Callable
         return reached[numbers[0]].index
 
     return index
-

@@ -1,6 +1,7 @@
 """Files of SCEdit's authors against their modules, restated in plain torch: equal edits, and equal bytes back."""
 
 import json
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +12,16 @@ from sctool.core.backbones.architectures import architecture
 from sctool.core.backbones.loading import load_backbone
 from sctool.core.checkpoint import describe
 from sctool.core.errors import DoesNotFit, UsageError
+from sctool.core.exchange.adapters import ratio
 from sctool.core.exchange.foreign import Foreign, read_foreign
-from sctool.core.exchange.scepter import Scepter
+from sctool.core.exchange.scepter import Scepter, _control_config
 from sctool.core.sites.attaching import tuned
 from sctool.core.sites.skips import skips
 from sctool.core.tuners import method_config, tuner_class
 from sctool.core.tuners.configs import SCEditConfig
 from sctool.core.tuners.scedit import SCEdit
-from tests.core.tiny import dit, unet
+
+from ..tiny import dit, unet
 
 FORMAT = Scepter()
 
@@ -54,7 +57,7 @@ class CSCTuners(nn.Module):
         super().__init__()
         widths = [3, *(int(w * widen) for w in (16, 16, 32, 32, 96, 96)), out]
         blocks = []
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(widths)):
             blocks += [nn.SiLU()] * (i > 0) + [nn.Conv2d(a, b, 3, 2 if i in (2, 4, 6) else 1, 1)]
         self.pre_hint_blocks = nn.Sequential(*blocks)
         self.dense_hint_blocks, self.lsc_tuner_blocks = nn.ModuleList(), nn.ModuleList()
@@ -300,8 +303,6 @@ def test_unequal_widths_become_ranks(tmp_path):
 
 @pytest.mark.parametrize("chans", [(320, 640, 1280), (8, 16), (49, 50, 93)])
 def test_every_ratio_gives_widths_that_are_found_again(chans):
-    from sctool.core.exchange.adapters import ratio
-
     sites = [SimpleNamespace(channels=chan) for chan in chans]
     for thousandths in range(130, 4000, 7):
         widths = {i: int(chan * thousandths / 1000) for i, chan in enumerate(chans)}
@@ -311,7 +312,7 @@ def test_every_ratio_gives_widths_that_are_found_again(chans):
         assert ratio(widths, sites, thousandths / 1000) in (thousandths / 1000, found)
 
 
-# -------------------------------------------------------------------------------------- what does not fit, or is not whole
+# ----------------------------------------------------------------------------- what does not fit, or is not whole
 
 
 def message(foreign, backbone, condition=None):
@@ -384,7 +385,8 @@ def test_more_skips_than_the_base_has_are_refused(tmp_path):
     chans, down = shapes(unet())
     assert "beyond" in message(saved(tmp_path, Identities([*chans, 16])), base(unet()))
     (tmp_path / "b").mkdir()
-    assert "the base has 4" in message(saved(tmp_path / "b", CSCTuners([*chans, 16], [*down, False])), base(unet()), "hed")
+    foreign = saved(tmp_path / "b", CSCTuners([*chans, 16], [*down, False]))
+    assert "the base has 4" in message(foreign, base(unet()), "hed")
 
 
 def test_wrong_shapes_are_refused(tmp_path):
@@ -492,11 +494,9 @@ def test_a_csc_tuner_there_and_back(tmp_path, settings, scale):
     assert foreign.config["SCTOOL"]["maps"] == {"canny": {"low": 50}}
 
 
-def test_the_settings_of_a_controller_for_sdxl(tmp_path):
+def test_the_settings_of_a_controller_for_sdxl():
     net = architecture("sdxl").denoiser()
     tuner = SCEdit.build(SCEditConfig(kernel=3), net, ("canny",))
-    from sctool.core.exchange.scepter import _control_config
-
     model = _control_config(tuner, skips(net))["CONTROL_MODEL"]
     assert (model["PRE_HINT_OUT_CHANNELS"], model["PRE_HINT_DIM_RATIO"], model["DENSE_HINT_KERNAL"]) == (320, 2.0, 3)
 
