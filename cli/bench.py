@@ -196,8 +196,8 @@ def distill(
     arms: Annotated[
         str,
         typer.Option(
-            help="Students to compare: lowrank, lowrank-undistilled, bk-base, bk-small, bk-tiny, or any name with "
-            "settings of its own."
+            help="Students to compare: lowrank, lowrank-undistilled, energy, energy-undistilled, bk-base, bk-small, "
+            "bk-tiny, or any name with settings of its own."
         ),
     ] = "lowrank,lowrank-undistilled",
     base: Annotated[str | None, typer.Option(help=help_of("TrainConfig", "base", "The teacher."))] = None,
@@ -234,7 +234,7 @@ def distill(
 
       sctool bench distill --arms lowrank,bk-small --rates 3e-4,1e-3 --rate-steps 60 --report
 
-      sctool bench distill --arms lowrank,half,white half:ratio=0.5 white:ratio=0.4225 white:start=whitened --report
+      sctool bench distill --arms lowrank,energy,half half:ratio=0.5 half:start=balanced --report
     """
     from ..eval.bench.distill import Distill
 

@@ -67,11 +67,11 @@ def distill(
 
       sctool distill                                            built-in base and data
 
-      sctool distill --base ./sd21 --ratio 0.4225 --data laion batch=64 precision=bf16 checkpointing=true
+      sctool distill --base ./sd21 --budget 0.5 --data laion batch=64 precision=bf16 checkpointing=true
 
       sctool distill --base ./sd15 --prune small --dry-run
 
-      sctool distill --base ./sd15 --budget 0.5 --start whitened --steps 0 --densify
+      sctool distill --base ./sd15 --ratio 0.4225 --start balanced --steps 0 --densify    the paper's, untrained
     """
     from ..core.errors import UsageError
     from ..core.resolving import read_yaml

@@ -52,14 +52,23 @@ RESERVED = ("tuner", "preview", "base", "tuned")
 """Names of files and folders in a run."""
 
 
+SIZES = ("ratio", "budget", "ranks", "prune")
+"""The settings that decide a student's size."""
+SHARE = 0.4225
+"""A student's parameters as a share of the base's, where nothing else decides: as many as the paper's ratio keeps."""
+
+
 class StudentConfig(Config):
     """What a student of a base is, before it is trained. One of ratio, budget, ranks and prune decides its size."""
 
-    ratio: float = Field(0.4225, description="share of the weights of every layer that is kept, as two thin layers")
+    ratio: float | None = Field(
+        None, description="share of the weights of every layer that is kept, as two thin layers; the paper's is 0.4225"
+    )
     budget: float | None = Field(
         None,
         gt=0,
-        description="the student's parameters, or their share of the base's; ranks go by shares of the layers' energy",
+        description="the student's parameters, or their share of the base's; ranks go by shares of the layers' energy; "
+        f"{SHARE} where nothing else decides the size",
     )
     ranks: dict[str, int] | None = Field(None, description="ranks by layer name or regular expression")
     prune: Literal["base", "small", "tiny"] | None = Field(
@@ -68,19 +77,21 @@ class StudentConfig(Config):
     form: Literal["flat", "spatial"] = Field(
         "flat", description="convolutions as k x k and 1 x 1, or as k x 1 and 1 x k"
     )
-    start: Literal["balanced", "paper", "whitened"] = Field(
-        "balanced", description="SVD of the weights, its singular values on both factors or on the second (paper); "
-        "or of weights times inputs"
+    start: Literal["whitened", "balanced", "paper"] | None = Field(
+        None, description="SVD of weights times measured inputs (the default); or of the weights alone, their singular "
+        "values on both factors, or on the second"
     )  # fmt: skip
     untouched: tuple[str, ...] = Field((), description="beginnings of the names of layers that stay as they are")
 
-    @model_validator(mode="after")
-    def _one_size(self) -> StudentConfig:
-        named = [key for key in ("budget", "ranks", "prune") if getattr(self, key) is not None]
-        if len(named) > 1 or (named and "ratio" in self._changed()):
-            named = ["ratio", *named] if len(named) == 1 else named
+    @model_validator(mode="before")
+    @classmethod
+    def _one_size(cls, values: Any) -> Any:
+        named = [key for key in SIZES if values.get(key) is not None]
+        if len(named) > 1:
             raise UsageError(f"{' and '.join(named)} each decide the student's size; give one of them.")
-        return self
+        values = values if named else {**values, "budget": SHARE}
+        low_rank = values.get("prune") is None and values.get("start") is None
+        return {**values, "start": "whitened"} if low_rank else values
 
     @model_validator(mode="after")
     def _of_low_rank_layers(self) -> StudentConfig:

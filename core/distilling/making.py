@@ -55,6 +55,7 @@ def plan(backbone: Backbone, config: StudentConfig, say: Say = lambda line: None
         moments = measured(backbone, layers, say) if config.start == "whitened" else None
         ranks = by_energy(layers, budget(config.budget, before), fixed, config.form, moments)
     else:
+        assert config.ratio is not None
         ranks = by_ratio(layers, config.ratio, config.form)
     after = fixed + size(layers, ranks, config.form)
     _check_smaller(before, after)

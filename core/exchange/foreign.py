@@ -102,7 +102,10 @@ def read_foreign(path: str | Path) -> Foreign:
 
 
 def weights_in(path: Path) -> Path:
-    """The file with the weights: `path` itself, or the one in that folder. Raises `UsageError` where there is none."""
+    """The file with the weights: `path` itself, or the one in that folder or in its only subfolder.
+
+    Raises `UsageError` where there is none.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
@@ -113,6 +116,9 @@ def weights_in(path: Path) -> Path:
     files = sorted(file for ending in ("safetensors", "bin", "pth", "pt", "ckpt") for file in path.glob(f"*.{ending}"))
     if len(files) == 1:
         return files[0]
+    folders = [folder for folder in path.iterdir() if folder.is_dir()]
+    if not files and len(folders) == 1:  # scepter and swift name one after the adapter
+        return weights_in(folders[0])
     found = f"several files of weights, {', '.join(file.name for file in files)}" if files else "no file of weights"
     raise UsageError(f"{path} has {found}; name the file.")
 

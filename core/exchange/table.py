@@ -7,8 +7,10 @@ from .comfyui import ComfyUI
 from .foreign import Foreign, Format
 from .kohya import Kohya
 from .peft_format import Diffusers, Peft
+from .scepter import Scepter
+from .swift import Swift
 
-FORMATS: tuple[Format, ...] = (Peft(), Diffusers(), Kohya(), ComfyUI())
+FORMATS: tuple[Format, ...] = (Peft(), Diffusers(), Kohya(), Scepter(), Swift(), ComfyUI())
 """In the order in which a file is compared with them."""
 INTO_BASE = ("full", "bitfit", "difffit", "lokr")
 """Methods whose effect no other tool's file holds, but a base's own weights do."""

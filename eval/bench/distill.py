@@ -12,13 +12,16 @@ from .form import OWN, SET_HERE, Arm, Form
 from .papers import BK_STUDENTS, ELR_STUDENTS
 
 ARMS: dict[str, tuple[str, ...]] = {
-    "lowrank": ("ratio=0.4225",),
-    "lowrank-undistilled": ("ratio=0.4225", "output=0", "feature=0", "task=1"),
+    "lowrank": ("ratio=0.4225", "start=balanced"),
+    "lowrank-undistilled": ("ratio=0.4225", "start=balanced", "output=0", "feature=0", "task=1"),
+    "energy": ("budget=0.4225",),
+    "energy-undistilled": ("budget=0.4225", "output=0", "feature=0", "task=1"),
     "bk-base": ("prune=base",),
     "bk-small": ("prune=small",),
     "bk-tiny": ("prune=tiny",),
 }
-"""Arms that need no settings: ELR-Diffusion's student, the same trained on the images alone, and BK-SDM's."""
+"""Arms that need no settings: ELR-Diffusion's student, the one that `sctool distill` makes by default, both trained on
+the images alone too, and BK-SDM's."""
 
 
 class Distill(Form):

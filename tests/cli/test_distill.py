@@ -113,7 +113,7 @@ def test_a_finished_student_outlives_a_command_that_fails(
     settings = config.read_text()
     for steps in (0, 2):
         assert sctool([*common, "--ratio", "0.9", "--steps", str(steps)]) == 2
-        assert "(0.4225 before, 0.9 now)" in capsys.readouterr().err
+        assert "ratio (None before, 0.9 now), budget (0.4225 before, None now)" in capsys.readouterr().err
     assert config.read_text() == settings, "a refused command leaves the run's settings"
     load_backbone(str(tmp_path / "s" / "student"))
     assert sctool([*common[:-4], "--name", "../t", "--steps", "0"]) == 2
