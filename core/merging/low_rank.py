@@ -47,20 +47,22 @@ def by_peft(
     rank: that of the result, for rules with svd; the largest of a layer when not given. density: the share of weights
     that ties, dare and magnitude_prune keep. Raises `DoesNotFit` for what peft refuses, such as unequal ranks.
     """
-    sites = dict.fromkeys(site for one in tuners for site in one.adapted)
+    groups: dict[tuple[Any, ...], list[Layer]] = {}
+    for site in dict.fromkeys(site for one in tuners for site in one.adapted):
+        own = [(n, one.adapted[site]) for n, one in enumerate(tuners) if site in one.adapted]
+        key = tuple((number, layer.r[ADAPTER], layer.scaling[ADAPTER]) for number, layer in own)
+        groups.setdefault(key, []).append(site)
     options = {"svd_rank": rank if rule.endswith("svd") else None, "density": density}
-    whole = {}
+    whole: dict[Layer, Pair] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        for site in sites:
-            own = [
-                (one.adapted[site], weight) for one, weight in zip(tuners, weights, strict=True) if site in one.adapted
-            ]
+        for key, sites in groups.items():  # layers that have the same tuners and ranks are one call of peft
+            parts = [(tuners[number], weights[number]) for number, *_ in key]
             try:
-                whole[site] = _combined(find_module(denoiser, site.name), own, rule, options)
+                whole |= _combined(denoiser, sites, parts, rule, options)
             except ValueError as error:
-                raise DoesNotFit(f"--rule {rule}: {site.name}: {error} --rule cat merges exactly.") from error
-    return _holding(whole, tuners, denoiser)
+                raise DoesNotFit(f"--rule {rule}: {sites[0].name}: {error} --rule cat merges exactly.") from error
+    return _holding({site: whole[site] for one in tuners for site in one.adapted}, tuners, denoiser)
 
 
 def _pair(layer: Any) -> Pair:
@@ -68,24 +70,35 @@ def _pair(layer: Any) -> Pair:
     return tuple(part[ADAPTER].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))  # type: ignore[return-value]
 
 
-def _combined(layer: Any, parts: Sequence[tuple[Any, float]], rule: str, options: dict[str, Any]) -> Pair:
-    """A and B that peft makes of several of its layers around `layer`."""
-    holder, names = nn.ModuleDict({"layer": standin(layer)}), [f"tuner{number}" for number in range(len(parts))]
-    configs = [
-        LoraConfig(r=own.r[ADAPTER], lora_alpha=own.scaling[ADAPTER] * own.r[ADAPTER], target_modules=["layer"])
-        for own, _ in parts
-    ]
-    model = LoraModel(holder, configs[0], names[0])
-    for name, config in zip(names[1:], configs[1:], strict=True):
-        model.peft_config[name] = config
-        model.inject_adapter(holder, name)
-    wrapped: Any = holder["layer"]
-    for name, (own, _) in zip(names, parts, strict=True):
-        for theirs, part in zip((wrapped.lora_A, wrapped.lora_B), _pair(own), strict=True):
-            theirs[name].weight.data.copy_(part)
+def _combined(
+    denoiser: nn.Module, sites: Sequence[Layer], parts: Sequence[tuple[LoRA, float]], rule: str,
+    options: dict[str, Any],
+) -> dict[Layer, Pair]:  # fmt: skip
+    """A and B that peft makes of several tuners' layers at these sites, where each has one rank and scaling."""
+    holder = nn.ModuleDict(
+        {str(n): standin(find_module(denoiser, site.name), weights=False) for n, site in enumerate(sites)}
+    )
+    names, model = [f"tuner{number}" for number in range(len(parts))], None
+    for name, (one, _) in zip(names, parts, strict=True):
+        own = one.adapted[sites[0]]
+        config = LoraConfig(r=own.r[ADAPTER], lora_alpha=own.scaling[ADAPTER] * own.r[ADAPTER], target_modules=r"\d+")
+        if model is None:
+            model = LoraModel(holder, config, name)
+        else:
+            model.peft_config[name] = config
+            model.inject_adapter(holder, name)
+        for number, site in enumerate(sites):
+            wrapped: Any = holder[str(number)]
+            for theirs, part in zip((wrapped.lora_A, wrapped.lora_B), _pair(one.adapted[site]), strict=True):
+                theirs[name].weight.data.copy_(part)
+    assert model is not None
     model.add_weighted_adapter(names, [weight for _, weight in parts], "merged", rule, **options)
-    a, b = (part["merged"].weight.detach().clone() for part in (wrapped.lora_A, wrapped.lora_B))
-    return a, wrapped.scaling["merged"] * b
+    made: dict[Layer, Pair] = {}
+    for number, site in enumerate(sites):
+        wrapped = holder[str(number)]
+        a, b = (part["merged"].weight.detach().clone() for part in (wrapped.lora_A, wrapped.lora_B))
+        made[site] = a, wrapped.scaling["merged"] * b
+    return made
 
 
 def _holding(pairs: dict[Layer, Pair], tuners: Sequence[LoRA], denoiser: nn.Module) -> LoRA:

@@ -52,8 +52,8 @@ class Known:
     groups = property(lambda self: self.layer.groups)
 
 
-def standin(layer: nn.Linear | nn.Conv2d) -> nn.Module:
-    """A float32 copy of a layer for peft to wrap; draws no random numbers."""
+def standin(layer: nn.Linear | nn.Conv2d, weights: bool = True) -> nn.Module:
+    """A float32 copy of a layer for peft to wrap; draws no random numbers. Without `weights` only its shape counts."""
     device, bias = layer.weight.device, layer.bias is not None
     if isinstance(layer, nn.Linear):
         copy = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=bias, device=device)
@@ -62,6 +62,8 @@ def standin(layer: nn.Linear | nn.Conv2d) -> nn.Module:
             nn.Conv2d, layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
             layer.dilation, layer.groups, bias, device=device,
         )  # fmt: skip
+    if not weights:
+        return copy
     with torch.no_grad():  # not by state: a low-rank layer's weight is a product
         copy.weight.copy_(layer.weight)
         if layer.bias is not None:
@@ -71,7 +73,8 @@ def standin(layer: nn.Linear | nn.Conv2d) -> nn.Module:
 
 def wrapped(layer: Any, config: PeftConfig) -> Any:
     """peft's layer around a copy of `layer`, a `Linear` or `Conv2d`: new float32 adapters on its device."""
-    holder = nn.ModuleDict({"layer": standin(layer)})
+    reads_weights = getattr(config, "use_dora", False)  # for the magnitudes; the others start from shapes alone
+    holder = nn.ModuleDict({"layer": standin(layer, weights=reads_weights)})
     inject_adapter_in_model(config, holder, ADAPTER)
     return holder["layer"]
 
