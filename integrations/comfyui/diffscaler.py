@@ -3,6 +3,7 @@
 The formula is that of sctool's core/tuners/affiner.py, read off the names of the file's weights.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from functools import partial

@@ -3,6 +3,7 @@
 The formulas are those of sctool's core/tuners/scedit.py, read off the names and shapes of the file's weights.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import math
@@ -47,9 +48,9 @@ class SCEdit(Tuner):
         return hints
 
     def to(self, device: Any) -> Tuner:
-        """Moves the weights and forgets the encoded hints."""
-        if isinstance(device, torch.device):
-            self.encoded.clear()
+        """Moves the weights; the encoded hints are forgotten when they would stay behind."""
+        if isinstance(device, torch.device) and any(made != device for *_, made in self.encoded):
+            self.encoded = {}
         return super().to(device)
 
     def delta(self, x: Tensor, alphas: dict[str, float], options: Options) -> Tensor | None:

@@ -3,6 +3,7 @@
 All tuners on a model see the same unedited values, and what they add is summed, as in sctool.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json
@@ -21,7 +22,7 @@ from .tuner import KEY, Hints, Tuner
 DIFFUSION_MODEL = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 METHODS: dict[str, type[Tuner]] = {"scedit": SCEdit, "diffscaler": DiffScaler}
 EXPORTED = "ComfyUI's own node Load LoRA reads it after `sctool export --to comfyui`"
-PUBLISHED = "ComfyUI's own node Load ControlNet Model takes ControlNets and T2I-Adapters in diffusers' format"
+PUBLISHED = "ComfyUI's own node Load ControlNet Model reads it after `sctool export --to diffusers`"
 INSTEAD = {"lora": EXPORTED, "dora": EXPORTED, "controlnet": PUBLISHED, "t2i-adapter": PUBLISHED}
 
 folder_paths.add_model_folder_path(KEY, os.path.join(folder_paths.models_dir, KEY))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -35,14 +36,17 @@ class Tuner:
         )
 
     def to(self, device: Any) -> Tuner:
-        """Moves the weights. A dtype is ignored: weights stay float32 and are cast where they are used."""
+        """Moves the weights. A dtype is ignored: weights stay float32 and are cast where they are used.
+
+        In place, for a sampler may hold a copy of the list of patches that was made before the model was moved.
+        """
         if isinstance(device, torch.device):
             self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
         return self
 
     def __deepcopy__(self, memo: dict) -> Tuner:
-        """Itself: clones of a model share its tuners."""
-        return self
+        """For a clone of the model: the same weights for now, moved apart, as a clone that ends moves its own away."""
+        return copy.copy(self)
 
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1) -> Tensor:

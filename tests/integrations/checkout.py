@@ -1,7 +1,7 @@
 """A real ComfyUI checkout with the same interface as `standin`: its U-Net, its ModelPatcher, its names of layers."""
 
+# pyright: reportMissingImports=false
 import sys
-import types
 
 import torch
 
@@ -17,6 +17,7 @@ def modules(models, folder):
 
         comfy.cli_args.args.cpu = True
         import comfy.model_patcher
+        import comfy.sample
         import comfy.utils
         import folder_paths
     finally:
@@ -29,11 +30,12 @@ def modules(models, folder):
 
 def patcher(net):
     """ComfyUI's model of the same weights."""
+    import comfy.model_base
     import comfy.model_patcher
     import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    import comfy.supported_models
 
-    config, dtype = net.config, net.dtype
+    config = net.config
     widths, blocks = config["block_out_channels"], config["layers_per_block"]
     depths = [int(hasattr(block, "attentions")) for block in net.down_blocks]
     sdxl = config["addition_embed_type"] == "text_time"
@@ -47,23 +49,22 @@ def patcher(net):
         "transformer_depth": [depth for depth in depths for _ in range(blocks)],
         "transformer_depth_output": [depth for depth in depths for _ in range(blocks + 1)],
         "transformer_depth_middle": 1,
-        "num_heads": config["attention_head_dim"],
         "context_dim": config["cross_attention_dim"],
         "use_spatial_transformer": True,
         "use_linear_in_transformer": config["use_linear_projection"],
         "legacy": False,
+        "dtype": net.dtype,
         "num_classes": "sequential" if sdxl else None,
         "adm_in_channels": config["projection_class_embeddings_input_dim"],
     }
-    unet = UNetModel(**unet_config, dtype=dtype, operations=comfy.ops.manual_cast).eval()
+    made = comfy.supported_models.SD15(unet_config)
+    made.unet_config["num_heads"], made.custom_operations = config["attention_head_dim"], comfy.ops.manual_cast
+    model = comfy.model_base.BaseModel(made, device=torch.device("cpu"))
     owners = {name: ldm_name(name.rpartition(".")[0], net) for name in net.state_dict()}
-    unet.load_state_dict(
-        {f"{owners[name]}.{name.rpartition('.')[2]}": weight for name, weight in net.state_dict().items()}
-    )
-    model = torch.nn.Module()
-    model.diffusion_model, model.model_config = unet, types.SimpleNamespace(unet_config=unet_config)
-    device = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, device, device)
+    weights = {f"{owners[name]}.{name.rpartition('.')[2]}": weight for name, weight in net.state_dict().items()}
+    model.diffusion_model.load_state_dict(weights)
+    model.eval()
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
 def run(model, x, t, context, y=None, prompts=1):
@@ -80,3 +81,24 @@ def run(model, x, t, context, y=None, prompts=1):
         y = torch.cat([y["text_embeds"], ids.to(x.dtype)], 1)
     with torch.inference_mode():
         return model.model.diffusion_model(x, t, context=context, y=y, transformer_options=options)
+
+
+class Diffusers(torch.nn.Module):
+    """A diffusers U-Net in the place of ComfyUI's; `channel` goes through its open channel."""
+
+    def __init__(self, net, channel):
+        super().__init__()
+        self.net, self.channel, self.dtype = net, channel, net.dtype
+
+    def forward(self, x, timesteps, context, control, transformer_options):
+        return self.net(x, timesteps, encoder_hidden_states=context, cross_attention_kwargs=self.channel).sample
+
+
+def sample(model, noise, positive, negative):
+    """A whole image by ComfyUI's sampler, with guidance."""
+    import comfy.sample
+
+    prompts = [[positive, {}]], [[negative, {}]]
+    with torch.inference_mode():
+        empty = torch.zeros_like(noise)
+        return comfy.sample.sample(model, noise, 6, 5.0, "euler", "normal", *prompts, empty, seed=3, disable_pbar=True)
