@@ -15,6 +15,7 @@ from ...core.files import sha256
 from ...core.progress import Progress
 from ..batches import BATCH, by_size
 from ..features.choosing import Extractor
+from ..metadata import read_rows
 from ..results import FolderResults
 from ..targets import SampleFolder, digest, file_hash, image_names, read_image
 from .feature_store import FeatureStore
@@ -32,6 +33,12 @@ class ReferenceFeatures:
     def n(self) -> int | None:
         """The number of images; None where a statistics file does not say."""
         return self.moments.n if self.moments else None
+
+
+def drawn_names(folder: Path) -> list[str]:
+    """The images in a folder; of one with a metadata.jsonl those that it lists, without their hints and references."""
+    listed = folder / "metadata.jsonl"
+    return [row["file_name"] for row in read_rows(listed)] if listed.is_file() else image_names(folder)
 
 
 class References:
@@ -71,7 +78,7 @@ class References:
         if self.fixed:
             return self.fixed
         root = self.given or folder.path
-        names = image_names(root) if self.given else [row["reference"] for row in rows]
+        names = drawn_names(root) if self.given else [row["reference"] for row in rows]
         if not names:
             raise UsageError(f"--reference {root} contains no images.")
         key = digest([file_hash(root, name) for name in names])

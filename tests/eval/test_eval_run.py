@@ -219,6 +219,18 @@ def test_reference_folders_and_statistics(tmp_path: Path) -> None:
             evaluate(samples, Options(reference=str(reference), **options))
 
 
+def test_samples_as_references_are_their_images_alone(tmp_path: Path) -> None:
+    samples = make_samples(tmp_path / "samples", count=6)
+    (tmp_path / "copy").mkdir()
+    for file in samples.glob("*.png"):
+        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
+    Image.new("RGB", (64, 64)).save(samples / "sheet.png")  # nor their references and hints
+    folder = evaluate(tmp_path / "copy", Options(reference=str(samples), metrics=("fid",), quiet=True))
+    figure = folder.folders[0].figures[0]
+    assert figure.value == pytest.approx(0, abs=1e-9)
+    assert [protocol["reference"]["n"] for protocol in folder.to_json()["protocols"].values()] == [6]
+
+
 def test_messages(tmp_path: Path) -> None:
     quiet = Options(quiet=True)
     (tmp_path / "empty").mkdir()

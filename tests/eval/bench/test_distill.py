@@ -139,6 +139,13 @@ def test_students_are_drawn_like_the_teacher_and_compared_with_its_images(distil
     assert sampled["tuners"] == []
 
 
+def test_a_student_that_is_its_teacher_has_no_distance_to_it(make: Make, tmp_path: Path) -> None:
+    settings = make(Distill(), names=("same", "half"), pairs=("same:ratio=1", "half:ratio=0.5"), seeds=1)
+    same, half = make_table(open_workshop(settings, tmp_path, quiet=True)).rows
+    assert same.values["to_base"][0] == pytest.approx(0, abs=1e-9)
+    assert half.values["to_base"][0] > 1e-6
+
+
 def test_students_are_measured_by_the_networks_of_their_teacher(
     distilled: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
