@@ -21,6 +21,8 @@ def recognised(foreign: Foreign) -> Format:
     for one in FORMATS:
         if one.fits(foreign):
             return one
+    if "sctool" in foreign.config:
+        raise UsageError(f"{foreign.path} is a tuner of sctool already: use it with --tuner {foreign.path}.")
     keys = sorted(foreign.tensors)
     shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     known = ", ".join(one.what for one in FORMATS if one.name != "comfyui")

@@ -222,6 +222,8 @@ def test_damaged_and_foreign_files_are_refused(base: Backbone, tmp_path: Path) -
     save_file({"head.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match=r"in no known format .* Its keys: head.weight"):
         read_tuner(tmp_path / "other.safetensors", base)
+    with pytest.raises(UsageError, match="is a tuner of sctool already"):
+        read_tuner(tmp_path / "own" / "tuner.safetensors", base)
     with pytest.raises(UsageError, match="there is no"):
         read_tuner(tmp_path / "none.safetensors", base)
     (tmp_path / "empty").mkdir()
