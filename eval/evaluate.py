@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.backbones.students import first_teacher
 from ..core.data.images import BadImage
 from ..core.devices import best_device
 from ..core.errors import SctoolError, UsageError
@@ -36,7 +37,8 @@ def evaluate(
     """Measures a samples folder, a run, or the latest run. Draws a run's held-out samples first if it has none.
 
     `maps` says how the hints' maps were made, by condition, for samples outside their run; a run's tuner file says it.
-    `base` stands for the samples' own base in the choice of networks: embedded ones measure embedded bases alone.
+    `base` stands for the samples' own base in the choice of networks: embedded ones measure embedded bases alone, and
+    their students.
     Raises `UsageError` or `SctoolError` for what is missing; images that cannot be read are listed in the results.
     """
     options = options or Options()
@@ -56,7 +58,8 @@ class _Evaluation:
         self.target, self.options, self.progress, self.maps = target, options, progress, maps
         self.notes: list[str] = []
         self.device = best_device()
-        self.base = base or next((folder.base for folder in target.folders if folder.base), None)
+        drawn_by = base or next((folder.base for folder in target.folders if folder.base), None)
+        self.base = drawn_by and first_teacher(drawn_by)
 
     def run(self) -> Results:
         """Measures every folder, then the costs."""

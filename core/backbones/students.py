@@ -86,6 +86,18 @@ def read_student(folder: Path) -> Student | None:
         raise UsageError(f"{file} cannot be read ({error}). {REMEDY}") from error
 
 
+def first_teacher(base: str) -> str:
+    """What the base that a student goes back to is called; any other base's own name.
+
+    A student without its folder is taken for a base.
+    """
+    seen = set[str]()
+    while base not in seen and (student := read_student(Path(base).expanduser())) is not None:
+        seen.add(base)
+        base = student.teacher
+    return base
+
+
 def _check(student: Student) -> None:
     """Raises `ValueError` for values that no student has."""
     if student.kind not in ("low-rank", "pruned") or student.form not in ("flat", "spatial"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sctool.core.backbones.families import family_of_denoiser
 from sctool.core.backbones.loading import Backbone, load_backbone
 from sctool.core.backbones.noising import Noising
-from sctool.core.backbones.students import Student
+from sctool.core.backbones.students import Student, first_teacher
 from sctool.core.backbones.thin import THIN
 from sctool.core.checkpoint import load_tuner, save_tuner
 from sctool.core.config import DistillConfig, StudentConfig, TrainConfig
@@ -308,3 +308,12 @@ def test_a_run_keeps_to_the_teacher_that_its_student_was_made_of(
     save_file({**weights, "conv_in.bias": weights["conv_in.bias"] + 1}, file, {"format": "pt"})
     with pytest.raises(UsageError, match="with other weights than --base"):
         run_in(tmp_path, config)
+
+
+def test_a_student_goes_back_to_its_first_teacher(tmp_path: Path) -> None:
+    base = load_backbone("mini")
+    first, _ = made(base, tmp_path / "first", ratio=0.5)
+    made(first, tmp_path / "second", ratio=0.2)
+    assert first_teacher(str(tmp_path / "second")) == first_teacher(str(tmp_path / "first")) == "mini"
+    assert first_teacher("mini") == "mini"
+    assert first_teacher(str(tmp_path / "gone")) == str(tmp_path / "gone")
