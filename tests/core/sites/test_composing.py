@@ -159,6 +159,9 @@ KINDS = {
     "DiffScaler": ("diffscaler", [(), ()], {"dim": 2}),
     "DiffScaler with conditions": ("diffscaler", [("canny",), ("color",)], {"dim": 2}),
     "LoRAs": ("lora", [(), ()], {"rank": 2}),
+    "ControlNets": ("controlnet", [("canny",), ("color",)], {}),
+    "T2I-Adapters": ("t2i-adapter", [("canny",), ("color",)], {}),
+    "ControlNet-XS": ("controlnet-xs", [("canny",), ("color",)], {}),
 }
 
 
@@ -170,7 +173,7 @@ def hints(names: Any, places: list[int]) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_denoiser_one_is_the_sum_and_a_batch_is_its_samples(kind: str) -> None:
     method, conditions, settings = KINDS[kind]
-    net = unet().double()
+    net = unet(layers_per_block=2).double() if method == "controlnet-xs" else unet().double()
     tuners = [made(net, method, seed, own, **settings) for seed, own in enumerate(conditions)]
     names, every = {name for own in conditions for name in own}, list(range(BATCH))
     with torch.no_grad():
