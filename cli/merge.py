@@ -13,6 +13,7 @@ from ..core.errors import UsageError
 if TYPE_CHECKING:
     from ..core.chosen import Chosen
     from ..core.merging.measuring import MergeError
+    from ..core.merging.pruning import Residual
 
 
 def merge(
@@ -31,7 +32,10 @@ def merge(
     rule: Annotated[
         str | None, typer.Option(help="How they become one, see docs/merge.md. \\[default: the method's exact rule]")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the result, for rules with svd.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rank of the result: units a layer, for prune; LoRA's rank, for rules with svd."),
+    ] = None,
     density: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of weights kept, for ties, dare and magnitude_prune.")
     ] = None,
@@ -61,6 +65,8 @@ def merge(
 
       sctool merge runs/hats --weights 0.7 --out weaker
 
+      sctool merge runs/hats runs/coats --rank 16 --out small   fewer units a layer (DiffScaler), a smaller rank (LoRA)
+
       sctool merge runs/big --minus runs/small --rule ties --density 0.5
 
       sctool merge runs/hats --into-base --out ./base-with-hats
@@ -69,13 +75,14 @@ def merge(
     from ..core.chosen import base_of
     from ..core.merging.merge import alone, write, write_base
     from ..core.merging.merge import merge as merge_tuners
-    from ..core.merging.table import check_methods, find_rule
+    from ..core.merging.table import check_methods, check_options, find_rule
 
     if approximate and not into_base:
         raise UsageError("--approximate belongs to --into-base; an approximate merge is chosen with --rule.")
     files = weighted(tuners, weights, minus or [], task or [])
-    if not (into_base and alone(files)):  # before the base is loaded
-        find_rule(check_methods([one.meta["method"] for one in files]), rule)
+    if not (into_base and alone(files, rule, rank)):  # before the base is loaded
+        _, chosen = find_rule(check_methods([one.meta["method"] for one in files]), rule, rank)
+        check_options(chosen, {"rank": rank, "density": density})
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UsageError(f"--out {out} exists already; choose another folder, or remove it.")
     backbone = load_backbone(base or base_of(files), offline=offline)
@@ -89,7 +96,7 @@ def merge(
     else:
         path, error = write(result, out, backbone), result.error
         report |= {"tuner": str(path), "parameters": sum(p.numel() for p in result.tuner.parameters())}
-    print(json.dumps(report) if as_json else "\n".join([str(path), *said(report, error)]))
+    print(json.dumps(report) if as_json else "\n".join([str(path), *said(report, error, result.residual)]))
 
 
 def weighted(tuners: list[str], weights: str | None, minus: list[str], tasks: list[str]) -> list[Chosen]:
@@ -132,11 +139,12 @@ def number(text: str) -> float:
         raise UsageError(f"--weights: '{text}' is not a number.") from None
 
 
-def said(report: dict[str, Any], error: MergeError | None) -> list[str]:
+def said(report: dict[str, Any], error: MergeError | None, residual: Residual | None) -> list[str]:
     """What was merged and how exactly, as lines."""
     kind = "exact" if report["exact"] else "approximate"
     lines = [f"{report['method']}, rule {report['rule']} ({kind})"]
     lines += [f"  {one['weight']:+g} {one['file']}{' ' + one['task'] if 'task' in one else ''}" for one in report["of"]]
+    lines += [str(residual)] if residual else []
     if error is None:
         return [*lines, "these tuners cannot act side by side: the rule defines the result"]
     return [

@@ -10,10 +10,9 @@ import typer
 
 from ..core.errors import UsageError, unknown
 from .options import help_of
+from .prompts import read_hints, read_requests, read_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from ..core.chosen import Chosen
     from ..core.sampling import Request
 
@@ -50,6 +49,10 @@ def sample(
     no_normalize: Annotated[
         bool, typer.Option("--no-normalize", help="Use the condition weights as given, not scaled to a sum of 1.")
     ] = False,
+    compose: Annotated[
+        str | None,
+        typer.Option(help="How tuners act together: sum, or routed, the strongest at each place. \\[default: sum]"),
+    ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Images per prompt, or held-out images to draw.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; each further image adds 1.")] = 0,
     scheduler: Annotated[str | None, typer.Option(help=help_of("SampleConfig", "scheduler"))] = None,
@@ -80,6 +83,8 @@ def sample(
 
       sctool sample "a chair" --tuner runs/canny --tuner runs/color --hint canny=e.png:0.7 --hint color=c.png:0.3
 
+      sctool sample "a hat" --tuner edges --tuner colors --hint canny=e.png --photo color=c.jpg --compose routed
+
       sctool sample "a coat" --tuner runs/multi --task edges,depth --hint canny=e.png --hint depth=d.png
 
       sctool sample --class hat --class 7 --tuner runs/hats --count 4
@@ -100,20 +105,51 @@ def sample(
         rows = read_rows([*(prompts or []), *(classes or [])], prompts_file)
         tasks = tasks or list(dict.fromkeys(row["task"] for row in rows if row.get("task")))
         chosen = [] if no_tuner else choose(tuners or [(str(find_latest()), 1.0)], tasks)
+        check_compose(compose, chosen)
         drawer = Sampler(chosen, base, flags, by_class=bool(classes), force=force, offline=offline, quiet=quiet)
         hints, weights = drawer.hints(hint or [], photo or [])
+        if compose == "routed" and not no_normalize:
+            check_shares(weights, chosen)
         requests = drawer.requests(rows, prompts_file, count or 1, seed, hints)
-        sheets = [drawer.write(requests, out or Path("samples"), weights, normalize=False if no_normalize else None)]
+        normalize = False if no_normalize else None
+        sheets = [drawer.write(requests, out or Path("samples"), weights, normalize, compose)]
     else:
         if hint or photo:
             raise UsageError("a hint needs a prompt to go with it: sctool sample PROMPT --hint NAME=FILE.")
         if len(tuners) > 1:
             raise UsageError("the held-out images of one run are drawn at a time; give a prompt, or a single --tuner.")
+        if compose:
+            raise UsageError("--compose is for several tuners, and held-out images are drawn by one; give a prompt.")
         sheets = sample_held_out(
             tuners[0] if tuners else (None, 1.0), flags, tasks=tasks, count=count or 8, seed=seed, base_alone=no_tuner,
             base=base, force=force, normalize=False if no_normalize else None, out=out, offline=offline, quiet=quiet,
         )  # fmt: skip
     print(json.dumps({"sheets": list(map(str, sheets))}) if as_json else "\n".join(map(str, sheets)))
+
+
+def check_compose(rule: str | None, chosen: list[Chosen]) -> None:
+    """Raises `UsageError` for a rule of composition that is not there, or with which one of the tuners cannot act."""
+    if rule is None:
+        return
+    from ..core.sites.attaching import check_composable
+    from ..core.sites.composing import DEFAULT, check_rule
+    from ..core.tuners import tuner_class
+
+    if not chosen:
+        raise UsageError("--compose says how tuners act together; leave it out with --no-tuner.")
+    if check_rule(rule) != DEFAULT:
+        check_composable([tuner_class(one.meta["method"]) for one in chosen])
+
+
+def check_shares(weights: dict[str, float], chosen: list[Chosen]) -> None:
+    """Raises `UsageError` for a weight that would do nothing: that of a tuner's only condition, 1 when routed."""
+    for one in chosen:
+        names = one.meta.get("conditions", ())
+        if len(names) == 1 and names[0] in weights and one.meta.get("config", {}).get("normalize", True):
+            raise UsageError(
+                f"with --compose routed the weight of {names[0]} is a share within {one.name}, which has no other "
+                "condition. Give that tuner a scale, --tuner FILE:SCALE, or pass --no-normalize."
+            )
 
 
 def find_latest() -> Path:
@@ -242,7 +278,10 @@ class Sampler:
             self.progress.note(f"{what}; the rest of each is ignored")
         return requests
 
-    def write(self, requests: list[Request], folder: Path, weights: dict[str, float], normalize: bool | None) -> Path:
+    def write(
+        self, requests: list[Request], folder: Path, weights: dict[str, float], normalize: bool | None,
+        compose: str | None,
+    ) -> Path:  # fmt: skip
         """Samples the requests into `folder`; returns the contact sheet."""
         from ..core.sampling import sample_images, sampling_protocol, write_samples
         from ..core.sites.attaching import tuned
@@ -259,88 +298,10 @@ class Sampler:
             weights=weights or None,
             normalize=normalize,
             tasks=[one.task for one in self.chosen],
+            compose=compose,
         )
+        rule = (compose or "sum") if self.tuners else None
         with self.progress.counting(len(requests), "sampling") as advance, attached:
             images = sample_images(self.backbone, requests, self.config, advance, classes=self.classes)
-            write_samples(folder, images, sampling_protocol(self.backbone, self.config, used))
+            write_samples(folder, images, sampling_protocol(self.backbone, self.config, used, rule))
         return folder / "sheet.png"
-
-
-def read_hints(
-    hints: list[str], photos: list[str], size: int, map_settings: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """NAME=FILE[:WEIGHT] flags as uint8 (size, size, 3) hints and the weights that were given, by condition.
-
-    `map_settings` says how maps were made that photographs are to be annotated like. Raises `UsageError`.
-    """
-    from ..annotators.hint_files import hint_from_map, hint_from_photo
-    from ..core.chosen import split_scale
-    from ..core.data.images import BadImage
-
-    images: dict[str, Any] = {}
-    weights: dict[str, float] = {}
-    for flag, text in [*(("--hint", text) for text in hints), *(("--photo", text) for text in photos)]:
-        name, equals, rest = text.partition("=")
-        if not equals or not rest:
-            raise UsageError(f"{flag} {text}: write it as NAME=FILE, e.g. canny=edges.png.")
-        if name in images:
-            raise UsageError(f"{flag} {text}: condition '{name}' is given twice.")
-        file, weight = split_scale(rest)
-        if weight != 1.0 or file != rest:
-            weights[name] = weight
-        if not Path(file).is_file():
-            raise UsageError(f"{flag} {text}: no such file {file}.")
-        try:
-            if flag == "--hint":
-                images[name] = hint_from_map(name, file, size)
-            else:
-                images[name] = hint_from_photo(name, file, size, (map_settings or {}).get(name))
-        except BadImage as error:
-            raise UsageError(f"{flag} {text}: the file {error.reason}.") from error
-    return images, weights
-
-
-def read_rows(prompts: list[str], file: Path | None) -> list[dict[str, Any]]:
-    """The prompts, then the file's, as mappings with "prompt" and what else a .jsonl row has. Raises `UsageError`."""
-    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
-    if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        except OSError as error:
-            raise UsageError(f"--prompts {file}: {error.strerror}.") from error
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line) if file.suffix == ".jsonl" else {"prompt": line}
-                row["prompt"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(f'--prompts {file}, line {number}: each row needs a "prompt".') from error
-            rows.append(row)
-    if not rows:
-        raise UsageError(f"--prompts {file} contains no prompt.")
-    return rows
-
-
-def read_requests(
-    rows: list[dict[str, Any]], file: Path | None, count: int, seed: int, maps: dict[str, Any], size: int,
-    conditions: Mapping[str, set[str]],
-) -> list[Request]:  # fmt: skip
-    """Every row `count` times with counting seeds; a .jsonl row of `file` may name its own seed, hints and task.
-
-    `conditions` are those of each task; a row without a task is drawn once for each of them, with the same seed, and
-    takes the hints that the task has conditions for. Raises `UsageError` for a row of another task.
-    """
-    from ..core.sampling import Request
-
-    requests = []
-    images = 0
-    for row in rows:
-        own, _ = read_hints([f"{n}={(file or Path()).parent / f}" for n, f in row.get("hints", {}).items()], [], size)
-        if row.get("task") and row["task"] not in conditions:
-            raise unknown("task", str(row["task"]), conditions or ("none: pass --task",))
-        for copy in range(count):
-            start = int(row["seed"]) + copy if "seed" in row else seed + images
-            images += 1
-            for task in [row["task"]] if row.get("task") else [*conditions] or [None]:
-                hints = {n: hint for n, hint in {**maps, **own}.items() if task is None or n in conditions[task]}
-                requests.append(Request(row["prompt"], start, hints, task=task))
-    return requests

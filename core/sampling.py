@@ -264,11 +264,15 @@ def _write_sample(
 
 
 def sampling_protocol(
-    backbone: Backbone, config: SampleConfig, tuners: Sequence[Mapping[str, Any]] = ()
+    backbone: Backbone, config: SampleConfig, tuners: Sequence[Mapping[str, Any]] = (), compose: str | None = None
 ) -> dict[str, Any]:
-    """What decides the images apart from prompt, seed and hints: base, tuners with their scales, sampler settings."""
+    """What decides the images apart from prompt, seed and hints: base, tuners with their scales, sampler settings.
+
+    compose: the rule by which several tuners act together, where it was chosen.
+    """
     return {
         "base": {"id": backbone.id, "hash": backbone.hash, "family": backbone.family.name},
         "tuners": list(tuners),
+        **({"compose": compose} if compose else {}),
         **settled(config, backbone).model_dump(mode="json"),
     }

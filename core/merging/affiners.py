@@ -10,7 +10,7 @@ for any real weights and any widths. A weight must be on W_up: through the ReLU 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,38 +112,55 @@ def tidied(tuner: DiffScaler, denoiser: nn.Module) -> DiffScaler:
 
     relu(c z) = c relu(z) for c > 0, so where W_down's rows are multiples, their columns of W_up add up.
     """
-    groups: dict[str, list[str]] = {}
-    for name, shared in tuner.branch_of.items():
-        if tuner.dims[name]:
-            groups.setdefault(shared, []).append(name)
+    groups = groups_of(tuner)
     joined = {shared: _joined(tuner, shared, names) for shared, names in groups.items()}
     dims = {name: len(joined[tuner.branch_of[name]]) if dim else 0 for name, dim in tuner.dims.items()}
     if dims == tuner.dims or not any(dims.values()):
         return tuner
-    config = with_dims(tuner.config, dims)
     if tuner.first is not None and not dims[tuner.first.name]:
         return tuner  # hints would have nowhere to enter
-    small = DiffScaler.build(config, denoiser, tuner.conditions, tuner.vae_scale)
-    with torch.no_grad():
-        for name, own in small.affiners.items():
-            theirs: Any = tuner.affiners[name]
-            for part in ("scale", "shift", "bias"):
-                if getattr(own, part) is not None and getattr(theirs, part) is not None:
-                    getattr(own, part).copy_(getattr(theirs, part))
-        for shared, names in groups.items():
-            if not joined[shared]:
-                continue
-            leaders = torch.tensor([leader for leader, _ in joined[shared]])
-            branch: Any = small.branches[key(shared)]
-            theirs = tuner.branches[key(shared)]
-            for own, source in zip(_rows(branch), _rows(theirs), strict=True):
-                own.copy_(source[leaders])
-            if branch.gate is not None:
-                branch.gate.copy_(theirs.gate)
-            for name in names:
-                up, source = small.affiners[key(name)].up, tuner.affiners[key(name)].up
-                columns = [sum(factor * source[:, unit] for unit, factor in members) for _, members in joined[shared]]
-                up.copy_(torch.stack(columns, 1))
+    ups = {}
+    for shared, names in groups.items():
+        for name in names if joined[shared] else ():
+            source = tuner.affiners[key(name)].up.detach()
+            columns = [sum(factor * source[:, unit] for unit, factor in members) for _, members in joined[shared]]
+            ups[name] = torch.stack(columns, 1)
+    return narrowed(tuner, denoiser, {name: [leader for leader, _ in own] for name, own in joined.items()}, ups)
+
+
+def groups_of(tuner: DiffScaler) -> dict[str, list[str]]:
+    """The layers with a branch, by the name of the branch that they share."""
+    groups: dict[str, list[str]] = {}
+    for name, shared in tuner.branch_of.items():
+        if tuner.dims[name]:
+            groups.setdefault(shared, []).append(name)
+    return groups
+
+
+@torch.no_grad()
+def narrowed(
+    tuner: DiffScaler, denoiser: nn.Module, kept: Mapping[str, Sequence[int]], ups: Mapping[str, Tensor]
+) -> DiffScaler:
+    """The tuner with the units `kept` of each branch, and with W_up (m, units) of each layer that has any."""
+    dims = {name: len(kept[tuner.branch_of[name]]) if dim else 0 for name, dim in tuner.dims.items()}
+    small = DiffScaler.build(with_dims(tuner.config, dims), denoiser, tuner.conditions, tuner.vae_scale)
+    small.classes, small.new_classes = tuner.classes, tuner.new_classes
+    for name, own in small.affiners.items():
+        theirs: Any = tuner.affiners[name]
+        for part in ("scale", "shift", "bias"):
+            if getattr(own, part) is not None and getattr(theirs, part) is not None:
+                getattr(own, part).copy_(getattr(theirs, part))
+    for shared, units in kept.items():
+        if not units:
+            continue
+        branch: Any = small.branches[key(shared)]
+        theirs = tuner.branches[key(shared)]
+        for own, source in zip(_rows(branch), _rows(theirs), strict=True):
+            own.copy_(source[list(units)])
+        if branch.gate is not None:
+            branch.gate.copy_(theirs.gate)
+    for name, up in ups.items():
+        small.affiners[key(name)].up.copy_(up)
     return small
 
 

@@ -57,17 +57,22 @@ def fixed_batch(backbone: Backbone, conditions: Sequence[str], classes: Sequence
     side = backbone.resolution // backbone.vae_scale
     latents = torch.randn(len(SHARES), backbone.latent_channels, side, side, generator=generator)
     steps = backbone.noising().levels
-    maps = {
-        name: torch.rand(1, 3, backbone.resolution, backbone.resolution, generator=generator).round().to(device)
-        for name in conditions
-    }
-    alone = [{name: map} for name, map in maps.items()]
+    hints = random_hints(backbone, conditions, generator)
     prompts = [*classes, *backbone.labels][: len(SHARES)] if backbone.family.by_class else list(PROMPTS)
     prompts = (prompts * len(SHARES))[: len(SHARES)]
     rows = {name: value.to(device) for name, value in backbone.with_classes(classes).encode_prompts(prompts).items()}
     rows |= backbone.family.size_rows(len(SHARES), backbone.resolution, device)
     t = torch.tensor([int(share * steps) for share in SHARES], device=device)
-    return Batch(latents.to(device), t, rows, [None, *alone, *([maps] if len(maps) > 1 else [])])
+    return Batch(latents.to(device), t, rows, hints)
+
+
+def random_hints(
+    backbone: Backbone, conditions: Sequence[str], generator: torch.Generator
+) -> list[Mapping[str, Tensor] | None]:
+    """None, each condition alone with a map (1, 3, H, W) of random zeros and ones, and all of them together."""
+    side = backbone.resolution
+    maps = {name: torch.rand(1, 3, side, side, generator=generator).round().to(backbone.device) for name in conditions}
+    return [None, *({name: map} for name, map in maps.items()), *([maps] if len(maps) > 1 else [])]
 
 
 def outputs(backbone: Backbone, batch: Batch, tuners: Sequence[Tuner], weights: Sequence[float]) -> Iterator[Tensor]:

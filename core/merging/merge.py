@@ -19,7 +19,8 @@ from ..files import sha256
 from ..tuners.base import Tuner
 from .folding import folded
 from .measuring import MergeError, compare, fixed_batch, outputs
-from .table import check_methods, find_rule, merged
+from .pruning import Residual
+from .table import check_methods, check_options, find_rule, merged
 
 NO_RULE = "none"
 """Of a single tuner at its own strength."""
@@ -40,6 +41,8 @@ class Merged:
     error: MergeError | None
     sources: list[dict[str, Any]]
     maps: dict[str, Any]
+    residual: Residual | None = None
+    """Of a rule that leaves units out: how far the branches are off."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -47,6 +50,7 @@ class Merged:
             "rule": self.rule,
             "exact": self.exact,
             "error": asdict(self.error) if self.error else None,
+            **({"residual": asdict(self.residual)} if self.residual else {}),
             "of": self.sources,
         }
 
@@ -75,26 +79,30 @@ def merge(
     rule, and any for others. options: `rank` and `density` of the rules that take them.
     Raises `UsageError` for tuners that cannot be merged, and `SctoolError` for a difference above `max_error`.
     """
-    if alone(files) and rule is None:
+    rank = options.get("rank")
+    if alone(files, rule, rank):
         [tuner] = load(files, backbone, force)
         return Merged(tuner, NO_RULE, True, None, sources(files), maps_of(files))
     method = check_methods([one.meta["method"] for one in files])
-    name, chosen = find_rule(method, rule)
+    name, chosen = find_rule(method, rule, rank)
     tuners, weights = load(files, backbone, force), [one.scale for one in files]
     tuner = merged(tuners, weights, backbone.denoiser, chosen, **options)
     tuner.use(backbone)
-    error = None
+    residual = error = None
+    if chosen.shrink:
+        tuner, residual = chosen.shrink(tuner, backbone, check_options(chosen, options)["rank"])
+        tuner.use(backbone)
     if chosen.additive:
         batch = fixed_batch(backbone, tuner.conditions, tuner.classes)
         expected = list(outputs(backbone, batch, tuners, weights))
         error = compare(backbone, expected, batch, [tuner], [1.0])
         check_error(error, EXACT if chosen.exact and max_error is None else max_error)
-    return Merged(tuner, name, chosen.exact, error, sources(files), maps_of(files))
+    return Merged(tuner, name, chosen.exact, error, sources(files), maps_of(files), residual)
 
 
-def alone(files: Sequence[Chosen]) -> bool:
-    """Whether it is a single tuner at its own strength, which needs no rule to become itself."""
-    return len(files) == 1 and files[0].scale == 1
+def alone(files: Sequence[Chosen], rule: str | None, rank: int | None) -> bool:
+    """Whether it is a single tuner at its own strength and width, which needs no rule to become itself."""
+    return len(files) == 1 and files[0].scale == 1 and rule is None and rank is None
 
 
 def sources(files: Sequence[Chosen]) -> list[dict[str, Any]]:

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import UsageError, unknown
+from .composing import DEFAULT, check_rule
 from .parts import family_of
 from .tokens import TokenMask
+from .wiring import Wiring
 
 Scales = float | Sequence[float]
 
@@ -27,7 +29,9 @@ class Removable(Protocol):
 class Attachable(Protocol):
     """A tuner as it is attached."""
 
+    method: str
     conditions: tuple[str, ...]
+    routes: bool
 
     def attach(
         self, denoiser: nn.Module, *, scale: float, weights: Mapping[str, float] | None, normalize: bool | None,
@@ -55,6 +59,20 @@ class Attachment:
     remove = detach
 
 
+class Composition:
+    """A rule by which the tuners on a wiring compose, until it is removed. Raises `UsageError` for an unknown one."""
+
+    def __init__(self, denoiser: nn.Module, rule: str) -> None:
+        wiring = Wiring.of(denoiser)
+        assert wiring is not None, "a tuner was attached before"
+        self.wiring, self.before = wiring, wiring.compose
+        wiring.compose = check_rule(rule)
+
+    def remove(self) -> None:
+        """Brings the rule before it back."""
+        self.wiring.compose = self.before
+
+
 def all_or_none(steps: Iterable[Callable[[], Removable]]) -> Attachment:
     """Attaches with every step in turn; when one raises, those before it are taken off again."""
     attachment = Attachment([])
@@ -74,12 +92,14 @@ def attach(
     weights: Mapping[str, float] | None = None,
     normalize: bool | None = None,
     tasks: Sequence[str | None] | None = None,
+    compose: str | None = None,
 ) -> Attachment:
     """Attaches tuners to a denoiser (or a backbone's): all of them or, when one does not fit, none.
 
     `scales` is one strength, or one per tuner, of any size and sign; 0 leaves a tuner out. `weights` and `normalize`
     override the tuners' own condition weights (alpha). `tasks` names a task per tuner: where a call of the denoiser
     says whose task each sample is (see `wiring`), such a tuner acts on its samples alone; those of None act on all.
+    `compose` is the rule by which all tuners on the denoiser act together (see `composing`), the sum unless said.
     Raises `SctoolError` or `UsageError` for a tuner that cannot be.
     """
     denoiser = getattr(target, "denoiser", target)
@@ -94,10 +114,23 @@ def attach(
     for name in weights or ():
         if name not in known:
             raise unknown("condition", name, known)
-    return all_or_none(
+    if check_rule(compose or DEFAULT) != DEFAULT:
+        check_composable(tuners)
+    steps: list[Callable[[], Removable]] = [
         partial(tuner.attach, denoiser, scale=float(scale), weights=weights, normalize=normalize, task=task)
         for tuner, scale, task in zip(tuners, strengths, names, strict=True)
-    )
+    ]
+    return all_or_none([*steps, partial(Composition, denoiser, compose)] if compose and tuners else steps)
+
+
+def check_composable(tuners: Iterable[Attachable]) -> None:
+    """Raises `UsageError` for a tuner that changes the denoiser itself: it has no deltas that could be routed."""
+    for tuner in tuners:
+        if not tuner.routes:
+            raise UsageError(
+                f"method {tuner.method} changes the denoiser itself and adds nothing that could be routed; "
+                "leave it out, or compose by the sum."
+            )
 
 
 @contextmanager
@@ -108,9 +141,12 @@ def tuned(
     weights: Mapping[str, float] | None = None,
     normalize: bool | None = None,
     tasks: Sequence[str | None] | None = None,
+    compose: str | None = None,
 ) -> Iterator[nn.Module]:
     """The tuned denoiser inside, the base bit for bit outside. Arguments as `attach`."""
-    attachment = attach(target, *tuners, scales=scales, weights=weights, normalize=normalize, tasks=tasks)
+    attachment = attach(
+        target, *tuners, scales=scales, weights=weights, normalize=normalize, tasks=tasks, compose=compose
+    )
     try:
         yield getattr(target, "denoiser", target)
     finally:

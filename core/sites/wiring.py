@@ -1,4 +1,4 @@
-"""The wiring of one denoiser: its hooks, the hint channel, and the rule by which attached tuners compose.
+"""The wiring of one denoiser: its hooks, the hint channel, and the tuners attached to it.
 
 Hooks are public ones of `nn.Module`; nothing is patched, copied or renamed. A forward pre-hook on the denoiser takes
 the condition maps out of the pipelines' open channel, `cross_attention_kwargs={"hint": ...}`, and encodes them. All
@@ -8,6 +8,7 @@ tuners attached together see the same unedited value x of a site:
                                           or sum_m alpha_m (T_m(x + c_m) + c_m)                       (eq. 7)
 
 alpha is normalised to a sum of 1 over all conditions that have a hint, unless told otherwise; the scale s never is.
+Instead of the sum another rule may combine the deltas, see `composing`; "routed" normalises alpha tuner by tuner.
 A call may also say whose task each sample is, `{"task": ["flowers", None, ...]}`: a tuner that was attached with a task
 then acts on its samples alone, and alpha is normalised task by task. Without "task" every tuner acts on all samples.
 Attach before compiling: torch ignores hooks that are added to an already compiled module.
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SctoolError, UsageError, unknown
+from .composing import DEFAULT, RULES, Part, normalize
 from .hints import check_batch, checked, repeated, tensor_version
 from .routing import EVERY, Samples, check_tasks, samples_of
 from .site import Acting, Call, Features, Inputs, Site
@@ -59,10 +61,10 @@ class Attached:
         """The call as the tuner sees it at a site whose `module` was called with `given`."""
         return replace(self.call, given=None if given is None else self.samples.of(given), module=module)
 
-    def delta(self, site: Site, x: Tensor, given: Tensor | None, module: nn.Module | None) -> Tensor | None:
+    def part(self, site: Site, x: Tensor, given: Tensor | None, module: nn.Module | None) -> Part | None:
         """What it adds to its samples of the unedited x (B, ...) of a site; None for nothing."""
         delta = self.tuner.delta(site, self.samples.of(x), self.seen(given, module))
-        return None if delta is None else (delta if self.scale == 1 else self.scale * delta).to(x.dtype)
+        return None if delta is None else Part(delta, self.scale, self.samples)
 
     def remove(self) -> None:
         """Takes the tuner off; the last one to leave removes the hooks."""
@@ -74,24 +76,21 @@ class Attached:
 
 
 class Edit:
-    """One site and the tuners that act there: the composition rule."""
+    """One site and the tuners that act there."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.acting: list[Attached] = []
 
     def edited(self, x: Tensor, given: Tensor | None = None, module: nn.Module | None = None) -> Tensor:
-        """x plus every acting tuner's delta of the unedited x, at its samples; x itself where none adds anything."""
+        """x plus what the wiring's rule makes of all deltas of the unedited x; x itself where none adds anything."""
         active = self.active()
         out = self._by_the_only_one(x, active, given, module)
         if out is not None:
             return out
-        out = x
-        for one in active:
-            delta = one.delta(self.site, x, given, module)
-            if delta is not None:
-                out = one.samples.added(out, delta, x)
-        return out
+        parts = (one.part(self.site, x, given, module) for one in active)
+        rule = RULES[active[0].wiring.compose if active else DEFAULT]
+        return rule(x, (part for part in parts if part is not None), getattr(self.site, "linear", False))
 
     def _by_the_only_one(
         self, x: Tensor, active: Sequence[Attached], given: Tensor | None, module: nn.Module | None
@@ -125,6 +124,7 @@ class Wiring:
         self.channel = next((name for name in CHANNELS if name in self.denoiser_arguments), CHANNELS[0])
         self.attached: list[Attached] = []
         self.edits: dict[Site, Edit] = {}
+        self.compose = DEFAULT
         self.encodings = 0
         self._cached: tuple[Any, Any, list[Features]] | None = None
         self._handles: list[RemovableHandle] = [denoiser.register_forward_pre_hook(self.begin, with_kwargs=True)]
@@ -310,11 +310,14 @@ class Wiring:
         ]
         for group in self._together(by_task):
             if all(self.attached[i].normalize for i in group if self.attached[i].tuner.conditions):
-                _normalize([alphas[i] for i in group])
+                normalize([alphas[i] for i in group])
         return alphas
 
     def _together(self, by_task: bool) -> Iterator[list[int]]:
-        """The tuners, by their place, whose conditions share a sum of 1: those of a task, or all."""
+        """The tuners, by their place, whose conditions share a sum of 1: those of a task or all; each when routed."""
+        if self.compose == "routed":
+            yield from ([i] for i in range(len(self.attached)))
+            return
         tasks = [one.task if by_task else None for one in self.attached]
         for task in dict.fromkeys(tasks):
             yield [i for i, own in enumerate(tasks) if own == task]
@@ -328,17 +331,6 @@ def _latents(arguments: Mapping[str, Any]) -> Tensor:
 def _count(samples: Samples, latents: Tensor) -> int:
     """How many samples a tuner acts on."""
     return len(latents) if samples.rows is None else samples.count
-
-
-def _normalize(alphas: Sequence[dict[str, float]]) -> None:
-    """Scales the weights of several tuners to a sum of 1. Raises `UsageError` where they sum to 0."""
-    if not any(alphas):
-        return
-    total = sum(weight for own in alphas for weight in own.values())
-    if abs(total) < 1e-6:
-        raise UsageError("the condition weights sum to 0; change them, or set normalize=false.")
-    for own in alphas:
-        own.update({name: weight / total for name, weight in own.items()})
 
 
 def attached_tasks(denoiser: nn.Module) -> set[str]:

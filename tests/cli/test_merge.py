@@ -71,6 +71,38 @@ def test_three_tuners_reloaded_are_the_three_together(
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_a_rank_leaves_units_out_and_says_what_that_costs(
+    make: Callable[..., Path], base: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [make(f"d{seed}", "diffscaler", seed=seed, dim=dim) for seed, dim in enumerate((2, 3))]
+    whole, small, named, full = (tmp_path / name for name in ("whole", "small", "named", "full"))
+    assert sctool(text("merge", *files, "--out", whole)) == 0
+    capsys.readouterr()
+    assert sctool(text("merge", *files, "--rank", 2, "--out", small, "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rule"], report["exact"]) == ("prune", False)
+    assert 0 < report["residual"]["mean"] < report["residual"]["truncated"]
+    assert report["residual"]["rank"] == 2
+    assert 0 < report["error"]["mean"] < report["error"]["effect"]
+    assert read_meta(small)["merged"]["residual"] == report["residual"]
+    assert set(load_tuner(small, base).dims.values()) == {2}
+    assert sctool(text("merge", *files, "--rule", "prune", "--rank", 2, "--out", named)) == 0
+    said = capsys.readouterr().out
+    assert "rule prune (approximate)" in said
+    assert "cut to 2 units" in said
+    assert "without the refit" in said
+    assert "difference of the output" in said
+    assert (named / "tuner.safetensors").read_bytes() == (small / "tuner.safetensors").read_bytes()
+    assert sctool(text("merge", *files, "--rank", 5, "--out", full)) == 0
+    assert "no layer has more than 5 units" in capsys.readouterr().out
+    ours, theirs = load_tuner(full, base).state_dict(), load_tuner(whole, base).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    alone = tmp_path / "alone"  # a single tuner is made narrower, too
+    assert sctool(text("merge", files[1], "--rank", 1, "--out", alone)) == 0
+    assert set(load_tuner(alone, base).dims.values()) == {1}
+
+
 def test_minus_takes_a_tuner_away(
     make: Callable[..., Path], base: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +167,11 @@ REFUSED = {
     "weights twice": (["a:0.5", "b"], ["--weights", "1,1"], 2, "not both"),
     "a weight that is not finite": (["a", "b"], ["--weights", "1,nan"], 2, "give a finite number"),
     "an unknown rule": (["a", "b"], ["--rule", "stak"], 2, "Did you mean 'stack'"),
+    "an unknown rule of a method": (["d"], ["--rule", "prun", "--rank", "2"], 2, "Did you mean 'prune'"),
+    "pruning to no rank": (["d"], ["--rule", "prune"], 2, "say how many, e.g. --rank 8"),
+    "pruning by density": (["d"], ["--rank", "2", "--density", "0.5"], 2, "--density has no meaning"),
+    "a method without units": (["a", "b"], ["--rank", "2"], 2, "no rule for scedit makes a tuner of a given rank"),
+    "pruning another method": (["other"], ["--rule", "prune", "--rank", "2"], 2, "unknown rule for lora 'prune'"),
     "NaN weights": (["a", "nan"], [], 1, "values that are not finite"),
     "a truncated file": (["a", "short"], [], 1, "damaged"),
     "a pickle": (["a", "pickle"], [], 1, "not a safetensors file"),
@@ -154,6 +191,7 @@ def test_what_cannot_be_merged_ends_with_one_message_and_nothing_written(
     make("a", seed=0)
     make("b", seed=1)
     make("other", "lora")
+    make("d", "diffscaler", dim=2)
     file = make("short", seed=2) / "tuner.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     monkeypatch.setattr(base, "hash", "f" * 64)
@@ -168,6 +206,15 @@ def test_what_cannot_be_merged_ends_with_one_message_and_nothing_written(
     assert message in " ".join(error.split())
     assert "Traceback" not in error
     assert len(error.strip().splitlines()) <= 3
+    assert not out.exists()
+
+
+def test_a_rank_of_nothing_is_refused(
+    make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert sctool(text("merge", make("d", "diffscaler", dim=2), "--rank", 0, "--out", out)) == 2
+    assert "--rank" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sctool.cli import run
-from sctool.cli.sample import read_hints
+from sctool.cli.prompts import read_hints
 from sctool.core.backbones.loading import Backbone, load_backbone
 from sctool.core.checkpoint import save_tuner
 from sctool.core.chosen import split_scale
