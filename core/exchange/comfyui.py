@@ -8,6 +8,7 @@ from typing import Any
 
 from ..backbones.loading import Backbone
 from ..checkpoint import save_tuner
+from ..errors import DoesNotFit
 from ..tuners.base import Tuner
 from .foreign import Foreign, Format, Reading
 from .kohya import Kohya
@@ -31,7 +32,11 @@ class ComfyUI(Format):
         raise NotImplementedError
 
     def write(self, out: Path, tuner: Tuner, backbone: Backbone, meta: Mapping[str, Any]) -> list[Path]:
-        """out/NAME.safetensors."""
+        """out/NAME.safetensors. Raises `DoesNotFit` for what neither ComfyUI's loader nor the node takes."""
+        if not hasattr(backbone.denoiser, "up_blocks"):
+            raise DoesNotFit(f"in ComfyUI tuners are for U-Nets, and {backbone.id} is none; use sctool sample.")
+        if tuner.method == "diffscaler" and (tuner.conditions or tuner.classes):
+            raise DoesNotFit("the ComfyUI node takes no DiffScaler with conditions or new classes; use sctool sample.")
         if tuner.method in LORAS:
             return Kohya().write(out, tuner, backbone, meta)
         file = out / f"{meta['name']}.safetensors"

@@ -281,3 +281,31 @@ def test_a_format_that_cannot_hold_a_method_says_what_can() -> None:
         format_for("peft", "diffscaler")
     with pytest.raises(UsageError, match="Did you mean 'kohya'"):
         format_for("kohia", "lora")
+
+
+def test_what_comfyui_s_node_does_not_take_is_not_written(base: Backbone, tmp_path: Path) -> None:
+    for name, method, conditions in (
+        ("sc", "scedit", ()),
+        ("plain", "diffscaler", ()),
+        ("edges", "diffscaler", ("canny",)),
+    ):
+        tuner = tuner_class(method).build(method_config(method, {}), base.denoiser, conditions, base.vae_scale)
+        with torch.no_grad():
+            for parameter in tuner.parameters():
+                parameter.add_(0.1)
+        save_tuner(tmp_path / name, tuner, base)
+    for name in ("sc", "plain"):
+        [file] = export(tmp_path / name / "tuner.safetensors", base, "comfyui", tmp_path / f"{name}-comfyui")
+        assert file == tmp_path / f"{name}-comfyui" / f"{name}-comfyui.safetensors"
+        assert file.read_bytes() == (tmp_path / name / "tuner.safetensors").read_bytes()
+    with pytest.raises(DoesNotFit, match="with conditions or new classes"):
+        export(tmp_path / "edges" / "tuner.safetensors", base, "comfyui", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    dit = load_backbone("mini-dit")
+    tuner = tuner_class("diffscaler").build(method_config("diffscaler", {}), dit.denoiser, (), dit.vae_scale)
+    with torch.no_grad():
+        for parameter in tuner.parameters():
+            parameter.add_(0.1)
+    file = save_tuner(tmp_path / "dit", tuner, dit)
+    with pytest.raises(DoesNotFit, match="are for U-Nets, and mini-dit is none"):
+        export(file, dit, "comfyui", tmp_path / "out")
