@@ -11,6 +11,9 @@ from sctool.cli import run as sctool
 from sctool.core.backbones.architectures import architecture
 from sctool.core.backbones.loading import load_backbone
 
+CHEAP = ("--start", "balanced")
+"""A start without calibration."""
+
 
 def words(*parts: object) -> list[str]:
     return [str(part) for part in parts]
@@ -34,7 +37,9 @@ def test_steps_0_only_makes_the_student(tiny_base: Path, tmp_path: Path, capsys:
 def test_the_plan_is_what_the_student_becomes(
     tiny_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = words("distill", "--base", tiny_base, "--data", pictures, "--ratio", 0.5, "--out", tmp_path, "--name", "s")
+    common = words(
+        "distill", "--base", tiny_base, "--data", pictures, "--ratio", 0.5, *CHEAP, "--out", tmp_path, "--name", "s"
+    )
     assert sctool([*common, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert not any(tmp_path.iterdir())
@@ -94,7 +99,11 @@ def test_a_student_is_no_teacher_of_a_bigger_one(
     tiny_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        sctool(words("distill", "--base", tiny_base, "--steps", 0, "--ratio", 0.3, "--out", tmp_path, "--name", "s"))
+        sctool(
+            words(
+                "distill", "--base", tiny_base, "--steps", 0, "--ratio", 0.3, *CHEAP, "--out", tmp_path, "--name", "s"
+            )
+        )
         == 0
     )
     again = words("distill", "--base", tmp_path / "s" / "student", "--ratio", 0.9, "--data", pictures, "--dry-run")
@@ -105,7 +114,7 @@ def test_a_student_is_no_teacher_of_a_bigger_one(
 def test_a_finished_student_outlives_a_command_that_fails(
     tiny_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = words("distill", "--base", tiny_base, "--out", tmp_path, "--name", "s", "--data", pictures)
+    common = words("distill", "--base", tiny_base, *CHEAP, "--out", tmp_path, "--name", "s", "--data", pictures)
     assert sctool([*common, "--steps", "0"]) == 0
     assert sctool([*common, "--steps", "2", "--batch", "2", "size=20"]) == 2
     load_backbone(str(tmp_path / "s" / "student"))
@@ -123,7 +132,7 @@ def test_a_finished_student_outlives_a_command_that_fails(
 def test_no_student_is_listed_that_would_be_no_smaller(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sctool(words("distill", "--base", tiny_base, "--out", tmp_path, "--name", "s", "--steps", 0)) == 0
+    assert sctool(words("distill", "--base", tiny_base, *CHEAP, "--out", tmp_path, "--name", "s", "--steps", 0)) == 0
     capsys.readouterr()
     assert sctool(words("methods", "--base", tmp_path / "s" / "student", "--json")) == 0
     rows = json.loads(capsys.readouterr().out)["students"]

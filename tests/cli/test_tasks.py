@@ -176,7 +176,7 @@ def test_the_held_out_images_on_another_base_are_kept_apart(
 ) -> None:
     words = ["sample", "--tuner", "runs/alone", "--steps", "1", "--count", "2", "--quiet"]
     make = ["distill", "--base", str(tiny_base), "--steps", "0", "--out", str(tmp_path), "--name", "small", "--quiet"]
-    assert sctool(make) == 0
+    assert sctool([*make, "--start", "balanced"]) == 0
     assert sctool([*words, "--base", str(tmp_path / "small" / "student")]) == 0
     drawn = work / "runs" / "alone" / "samples-on-student"
     assert json.loads((drawn / "tuned" / "sampling.json").read_text())["base"]["id"].endswith("small/student")

@@ -176,7 +176,8 @@ def test_the_cache_holds_the_teacher_s_outputs_for_few_fixed_draws(tmp_path: Pat
 def settings(base: Path, data: Path, *pairs: str) -> TrainConfig:
     flags = {"base": str(base), "data": str(data), "steps": 6, "batch": 4}
     quick = ["save_every=2", "validate_every=0", "sample_every=0", "lr=1e-3", "ema=0.5", "flip=true"]
-    return distill_config(flags, [*quick, *pairs])
+    calibrated = any(pair.startswith(("start=", "prune=")) or "prune=" in pair for pair in pairs)
+    return distill_config(flags, [*quick, *([] if calibrated else ["start=balanced"]), *pairs])
 
 
 def run_in(folder: Path, config: TrainConfig, also: Any = ()) -> Run:
@@ -263,6 +264,7 @@ def test_a_tuner_of_places_that_a_pruned_student_lacks_is_refused(tmp_path: Path
 
 def made(teacher: Backbone, folder: Path, **config: Any) -> tuple[Backbone, Student]:
     """A student of these settings, loaded from its folder."""
+    config = config if "prune" in config else {"start": "balanced", **config}
     denoiser, student = make(teacher, StudentConfig(**config))
     return load_backbone(str(save_student(folder, teacher, denoiser, student, ""))), student
 

@@ -33,7 +33,7 @@ def test_layers_are_ordinary_where_that_is_faster(
         return isinstance(one, nn.Linear) and one.in_features < 64
 
     monkeypatch.setattr(timing, "faster", narrow)
-    config = distill_config({"base": str(tiny_base), "form": form})
+    config = distill_config({"base": str(tiny_base), "form": form, "start": "balanced"})
     run = open_run(tmp_path, "run", config)
     make_only(run, config, also=("fast",), quiet=True)
     slow, fast = (load_backbone(str(run.path / name)) for name in ("student", "fast"))

@@ -45,6 +45,8 @@ from sctool.core.tuners import TUNERS, method_config, tuner_class
 
 from ..tiny import dit, unet
 
+QUICK = StudentConfig(start="balanced")
+"""The default size without calibration."""
 LAYERS: dict[str, Any] = {
     "linear": lambda: nn.Linear(7, 5),
     "linear without bias": lambda: nn.Linear(5, 9, bias=False),
@@ -370,7 +372,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_student_s_folder_is_a_base(case: str, base: Backbone, tmp_path: Path) -> None:
-    denoiser, student = make(base, StudentConfig(**SETTINGS[case]))  # type: ignore[arg-type]
+    denoiser, student = make(base, StudentConfig(**{"start": "balanced", **SETTINGS[case]}))  # type: ignore[arg-type]
     folder = save_student(tmp_path / "student", base, denoiser, student, "---\nlicense: mit\n---\n")
     loaded = load_backbone(str(folder))
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), base.encode_prompts(["", "a photo"])
@@ -390,11 +392,11 @@ def test_a_student_s_folder_is_a_base(case: str, base: Backbone, tmp_path: Path)
 def test_a_teacher_s_tuner_is_taken_by_its_student_and_no_other(base: Backbone, tmp_path: Path) -> None:
     tuner = tuner_class("scedit").build(method_config("scedit", {}), base.denoiser, ("canny",), base.vae_scale)
     file = save_tuner(tmp_path / "tuner", tuner, base)
-    denoiser, student = make(base, StudentConfig())
+    denoiser, student = make(base, QUICK)
     folder = save_student(tmp_path / "student", base, denoiser, student, "")
     loaded = load_backbone(str(folder))
     load_tuner(file, loaded)
-    smaller, second = make(loaded, StudentConfig(ratio=0.2))
+    smaller, second = make(loaded, StudentConfig(ratio=0.2, start="balanced"))
     grandchild = load_backbone(str(save_student(tmp_path / "second", loaded, smaller, second, "")))
     assert grandchild.ancestors == (loaded.hash, base.hash)
     load_tuner(file, grandchild)
@@ -404,14 +406,14 @@ def test_a_teacher_s_tuner_is_taken_by_its_student_and_no_other(base: Backbone, 
 
 
 def test_a_student_has_fewer_parameters_than_its_teacher(base: Backbone, tmp_path: Path) -> None:
-    denoiser, student = make(base, StudentConfig(ratio=0.3))
+    denoiser, student = make(base, StudentConfig(ratio=0.3, start="balanced"))
     loaded = load_backbone(str(save_student(tmp_path / "student", base, denoiser, student, "")))
     with pytest.raises(UsageError, match="a student is smaller"):
-        make(loaded, StudentConfig(ratio=0.9))
+        make(loaded, StudentConfig(ratio=0.9, start="balanced"))
 
 
 def test_a_damaged_student_is_refused_with_the_file_s_name(base: Backbone, tmp_path: Path) -> None:
-    denoiser, student = make(base, StudentConfig())
+    denoiser, student = make(base, QUICK)
     folder = save_student(tmp_path / "student", base, denoiser, student, "")
     file = folder / "student.json"
     good = json.loads(file.read_text())
@@ -440,7 +442,7 @@ def test_a_student_of_half_precision_files_stands_alone(tiny_base: Path, tmp_pat
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
     (teacher / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     base = load_backbone(str(teacher))
-    denoiser, student = make(base, StudentConfig())
+    denoiser, student = make(base, QUICK)
     folder = save_student(tmp_path / "student", base, denoiser, student, "")
     assert load_backbone(str(folder)).vae_hash == base.vae_hash
     assert not [file for file in folder.rglob("*") if ".fp16." in file.name or file.suffix == ".bin"]
@@ -456,12 +458,12 @@ def test_embedders_that_differ_are_not_made_one(tmp_path: Path) -> None:
     block = base.denoiser.transformer_blocks[1]  # type: ignore[index]
     block.norm1.emb = copy.deepcopy(block.norm1.emb)
     with pytest.raises(DoesNotFit, match="embedders differ"):
-        make(base, StudentConfig())
+        make(base, QUICK)
 
 
 def test_a_low_rank_student_is_densified_before_it_is_pruned() -> None:
     base = load_backbone("mini")
-    denoiser, _ = make(base, StudentConfig())
+    denoiser, _ = make(base, QUICK)
     with base.replaced(denoiser), pytest.raises(DoesNotFit, match="densify it first"):
         make(base, StudentConfig(prune="small"))
 
