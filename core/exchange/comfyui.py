@@ -10,26 +10,18 @@ from ..backbones.loading import Backbone
 from ..checkpoint import save_tuner
 from ..errors import DoesNotFit
 from ..tuners.base import Tuner
-from .foreign import Foreign, Format, Reading
+from .foreign import Format
 from .kohya import Kohya
 
 LORAS = ("lora", "dora")
 
 
 class ComfyUI(Format):
-    """One .safetensors file."""
+    """One .safetensors file. Read, it is kohya's or our own."""
 
     name = "comfyui"
     what = "files for ComfyUI"
     methods = (*LORAS, "scedit", "diffscaler")
-
-    def fits(self, foreign: Foreign) -> bool:
-        """Never: such files are kohya's or our own."""
-        return False
-
-    def read(self, foreign: Foreign, backbone: Backbone, condition: str | None) -> Reading:
-        """Not called, since no file fits."""
-        raise NotImplementedError
 
     def write(self, out: Path, tuner: Tuner, backbone: Backbone, meta: Mapping[str, Any]) -> list[Path]:
         """out/NAME.safetensors. Raises `DoesNotFit` for what neither ComfyUI's loader nor the node takes."""

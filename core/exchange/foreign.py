@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ WEIGHTS = (
     "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors",
 )  # fmt: skip
 """Names of the weights in the folders of other tools, in the order in which they are looked for."""
+ENDINGS = ("safetensors", "bin", "pth", "pt", "ckpt")
 CONFIGS = ("adapter_config.json", "configuration.json", "config.json")
 """Names of the JSON files beside them."""
 
@@ -50,7 +50,7 @@ class Reading:
     used: Mapping[str, str]
 
 
-class Format(ABC):
+class Format:
     """A format of another tool."""
 
     name: ClassVar[str]
@@ -60,16 +60,16 @@ class Format(ABC):
     methods: ClassVar[tuple[str, ...]] = ()
     """What can be written in it."""
 
-    @abstractmethod
     def fits(self, foreign: Foreign) -> bool:
-        """Whether the file's keys are of this format."""
+        """Whether the file's keys are of this format; never, of a format that is only written."""
+        return False
 
-    @abstractmethod
     def read(self, foreign: Foreign, backbone: Backbone, condition: str | None) -> Reading:
         """The file as a tuner of `backbone`. `condition`: what maps it is controlled by, where the file is silent.
 
         Raises `UsageError` for a file that does not fit the backbone, or says too little.
         """
+        raise NotImplementedError  # of a format that is only written, and fits no file
 
     def write(self, out: Path, tuner: Tuner, backbone: Backbone, meta: Mapping[str, Any]) -> list[Path]:
         """Writes a tuner of one of `methods` into the folder `out`, which is there and empty; returns the files.
@@ -77,7 +77,7 @@ class Format(ABC):
         meta: as `core.checkpoint.describe`, and `name`, for files that are called by one. Raises `DoesNotFit` for
         settings that the format cannot hold.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # of a format that is only read, and has no methods
 
 
 def read_foreign(path: str | Path) -> Foreign:
@@ -107,13 +107,15 @@ def weights_in(path: Path) -> Path:
     Raises `UsageError` where there is none.
     """
     if path.is_file():
+        if path.suffix.removeprefix(".") not in ENDINGS:
+            raise UsageError(f"{path} is no file of weights: those end in .{', .'.join(ENDINGS)}.")
         return path
     if not path.is_dir():
         raise UsageError(f"there is no {path}.")
     for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
-    files = sorted(file for ending in ("safetensors", "bin", "pth", "pt", "ckpt") for file in path.glob(f"*.{ending}"))
+    files = sorted(file for ending in ENDINGS for file in path.glob(f"*.{ending}"))
     if len(files) == 1:
         return files[0]
     folders = [folder for folder in path.iterdir() if folder.is_dir()]
@@ -137,7 +139,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             "safetensors."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise SctoolError(f"{file} cannot be read, it is damaged or no file of weights: {error}.") from error
+        raise SctoolError(f"{file} cannot be read: it is damaged, or no file of weights.") from error
     for key in ("state_dict", "model", "module"):  # common wrappings
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]

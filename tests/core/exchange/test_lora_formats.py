@@ -224,6 +224,9 @@ def test_damaged_and_foreign_files_are_refused(base: Backbone, tmp_path: Path) -
         read_tuner(tmp_path / "other.safetensors", base)
     with pytest.raises(UsageError, match="is a tuner of sctool already"):
         read_tuner(tmp_path / "own" / "tuner.safetensors", base)
+    (tmp_path / "picture.jpg").write_text("hello")
+    with pytest.raises(UsageError, match="is no file of weights"):
+        read_tuner(tmp_path / "picture.jpg", base)
     with pytest.raises(UsageError, match="there is no"):
         read_tuner(tmp_path / "none.safetensors", base)
     (tmp_path / "empty").mkdir()
