@@ -1,8 +1,13 @@
-"""Time and error of merging on SD 1.5's shapes: sctool's exact rules, and peft's weighted ones by both tools.
+"""Time and error of merging on SD 1.5's shapes: sctool's exact rules, and peft's and sd-mecha's where they do the same.
 
 Three tuners with random weights become one. The error is that of the U-Net's output against the three side by side,
 on one noisy image, relative to the change that they make; the time is that of merging alone, one thread, median of
 `--repeats`. peft's rows are its own `add_weighted_adapter` on a `PeftModel`; ours call peft layer by layer.
+
+Two fully trained U-Nets become one by task arithmetic, base + sum_i w_i (W_i - base), in sctool and, where it is
+installed (`pip install sd-mecha`), in sd-mecha on the same tensors in memory; their error is against that formula,
+written out. sd-mecha 1.1.8 takes LoRA files of kohya's form as well, but on SD 1.5 its conversion ends with a
+TypeError, so there is no such row.
 
     OMP_NUM_THREADS=1 python benchmarks/merge.py
     OMP_NUM_THREADS=1 python benchmarks/merge.py --base mini --rank 4
@@ -13,17 +18,23 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sctool.core.backbones.architectures import Architecture, architecture
+from sctool.core.exchange.ldm import ldm_name
 from sctool.core.exchange.lora import factors_of
 from sctool.core.merging.table import find_rule, merged
 from sctool.core.sites.attaching import channel, tuned
@@ -34,9 +45,11 @@ WEIGHTS = (0.7, 0.5, -0.3)
 LINE = "| {} | {} | {} | {:.2f} | {:.1e} | {:.1e} |"
 
 
-def tuners(base: Architecture, method: str, config: dict[str, Any], conditions: Sequence[str] = ()) -> list[Any]:
-    """Three tuners with random weights; with conditions, one for each of them."""
-    made, groups = [], [(name,) for name in conditions] or [()] * len(WEIGHTS)
+def tuners(
+    base: Architecture, method: str, config: dict[str, Any], conditions: Sequence[str] = (), count: int = len(WEIGHTS)
+) -> list[Any]:
+    """`count` tuners with random weights; with conditions, one for each of them."""
+    made, groups = [], [(name,) for name in conditions] or [()] * count
     for seed, own in enumerate(groups):
         torch.manual_seed(seed)
         one = tuner_class(method).build(method_config(method, config), base.denoiser("cpu"), own, base.vae_scale)
@@ -98,6 +111,62 @@ def by_peft(model: Any, rule: str, rank: int) -> None:
     model.set_adapter("merged")
 
 
+def by_mecha(net: nn.Module, parts: Sequence[Tuner], weights: Sequence[float]) -> dict[str, Tensor]:
+    """sd-mecha's base + sum_i w_i (W_i - base) over the original code's names, in memory, as diffusers names it."""
+    sd_mecha: Any = import_module("sd_mecha")
+    names = {key: f"model.diffusion_model.{_original(key, net)}" for key in net.state_dict()}
+
+    def model(state: Mapping[str, Tensor]) -> Any:
+        return sd_mecha.model({names[key]: value for key, value in state.items()}, config="sd1-ldm")
+
+    base = model(net.state_dict())
+    recipe = base
+    for one, weight in zip(parts, weights, strict=True):
+        recipe = recipe + sd_mecha.subtract(model(standins(one, net)), base) * weight
+    single = {"threads": 0, "merge_dtype": torch.float32, "output_dtype": torch.float32}
+    merged = sd_mecha.merge(recipe, tqdm=partial(tqdm, disable=True), **single)
+    return {key: merged[name] for key, name in names.items()}
+
+
+def _original(key: str, net: nn.Module) -> str:
+    layer, _, leaf = key.rpartition(".")
+    return f"{ldm_name(layer, net)}.{leaf}"
+
+
+def standins(one: Any, net: nn.Module) -> dict[str, Tensor]:
+    """The U-Net's weights with the tuner's in their place."""
+    return {**net.state_dict(), **{name: value.detach() for name, value in one.standins().items()}}
+
+
+def full_rows(base: Architecture, side: int, repeats: int) -> list[dict[str, Any]]:
+    """Task arithmetic over two fully trained U-Nets, by sctool and by sd-mecha."""
+    weights, net = WEIGHTS[::2], base.denoiser("cpu")
+    parts = tuners(base, "full", {}, count=len(weights))
+    alone, wanted = output(base, net, [], [], side), copy.deepcopy(net)
+    with torch.no_grad():
+        for name, value in wanted.named_parameters():
+            value.add_(sum(w * (one.standins()[name] - value) for one, w in zip(parts, weights, strict=True)))
+    expected = output(base, wanted, [], [], side)
+    effect, rows = (expected - alone).abs().mean().item(), []
+
+    def add(tool: str, state: Mapping[str, Tensor], seconds: float) -> None:
+        wanted.load_state_dict(state)
+        off = (output(base, wanted, [], [], side) - expected).abs() / effect
+        rows.append(
+            {"method": f"full, {len(parts)} tuners", "rule": "linear", "tool": tool, "seconds": seconds,
+             "largest": off.max().item(), "mean": off.mean().item()}
+        )  # fmt: skip
+
+    _, rule = find_rule("full", "linear")
+    whole, seconds = timed(lambda: merged(parts, weights, net, rule), repeats)
+    add("sctool", standins(whole, net), seconds)
+    del whole
+    if find_spec("sd_mecha") and base.name == "sd15":
+        logging.getLogger().setLevel(logging.ERROR)  # it warns of every key of the text encoder and the autoencoder
+        add("sd-mecha", *timed(lambda: by_mecha(net, parts, weights), repeats))
+    return rows
+
+
 def rows_of(base: Architecture, side: int, rank: int, repeats: int) -> list[dict[str, Any]]:
     """A row for each method, rule and tool."""
     cases: list[tuple[str, dict[str, Any], Sequence[str], Sequence[str]]] = [
@@ -148,7 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
     diffusers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = rows_of(architecture(given.base), given.side, given.rank, given.repeats)
+    base = architecture(given.base)
+    rows = rows_of(base, given.side, given.rank, given.repeats) + full_rows(base, given.side, given.repeats)
     if given.json:
         print(json.dumps(rows))
         return 0
