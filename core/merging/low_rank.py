@@ -79,18 +79,21 @@ def _combined(
         {str(n): standin(find_module(denoiser, site.name), weights=False) for n, site in enumerate(sites)}
     )
     names, model = [f"tuner{number}" for number in range(len(parts))], None
-    for name, (one, _) in zip(names, parts, strict=True):
-        own = one.adapted[sites[0]]
-        config = LoraConfig(r=own.r[ADAPTER], lora_alpha=own.scaling[ADAPTER] * own.r[ADAPTER], target_modules=r"\d+")
-        if model is None:
-            model = LoraModel(holder, config, name)
-        else:
-            model.peft_config[name] = config
-            model.inject_adapter(holder, name)
-        for number, site in enumerate(sites):
-            wrapped: Any = holder[str(number)]
-            for theirs, part in zip((wrapped.lora_A, wrapped.lora_B), _pair(one.adapted[site]), strict=True):
-                theirs[name].weight.data.copy_(part)
+    with torch.random.fork_rng(devices=[]):  # peft's initial values take none of the numbers that dare drops by
+        for name, (one, _) in zip(names, parts, strict=True):
+            own = one.adapted[sites[0]]
+            config = LoraConfig(
+                r=own.r[ADAPTER], lora_alpha=own.scaling[ADAPTER] * own.r[ADAPTER], target_modules=r"\d+"
+            )
+            if model is None:
+                model = LoraModel(holder, config, name)
+            else:
+                model.peft_config[name] = config
+                model.inject_adapter(holder, name)
+            for number, site in enumerate(sites):
+                wrapped: Any = holder[str(number)]
+                for theirs, part in zip((wrapped.lora_A, wrapped.lora_B), _pair(one.adapted[site]), strict=True):
+                    theirs[name].weight.data.copy_(part)
     assert model is not None
     model.add_weighted_adapter(names, [weight for _, weight in parts], "merged", rule, **options)
     made: dict[Layer, Pair] = {}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.utils import merge_utils
 from torch import Tensor, nn
 
 from sctool.core.errors import DoesNotFit, UsageError
+from sctool.core.merging import low_rank
 from sctool.core.merging.affiners import tidied
-from sctool.core.merging.table import RULES, find_rule, merged
+from sctool.core.merging.low_rank import SEED
+from sctool.core.merging.table import PRUNING, RULES, find_rule, merged
 from sctool.core.sites.attaching import channel, tuned
 from sctool.core.sites.parts import family_of
 from sctool.core.tuners import TUNERS, method_config, tuner_class
@@ -179,18 +183,27 @@ def test_svd_is_the_best_approximation_of_the_sum() -> None:
         torch.testing.assert_close(update(full, site).detach().double(), total, rtol=0, atol=1e-5)
 
 
-def test_linear_and_ties_are_peft_s() -> None:
-    net = wide(unet)
-    tuners, weights = [tuner(net, "lora", seed, rank=2, alpha=3.0) for seed in (0, 1)], [0.7, 0.4]
-    site = next(iter(tuners[0].adapted))
-    pairs = [[part["default"].weight.detach().float() for part in (one.adapted[site].lora_A, one.adapted[site].lora_B)]
-             for one in tuners]  # fmt: skip
-    roots = torch.tensor([(weight * 1.5) ** 0.5 for weight in weights])
-    for name, options in (("linear", {}), ("ties", {"density": 0.5})):
-        whole = merged(tuners, weights, net, find_rule("lora", name)[1], **options)
-        combine = merge_utils.task_arithmetic if name == "linear" else merge_utils.ties
-        a, b = (combine([pair[i] for pair in pairs], roots, **options) for i in (0, 1))
-        torch.testing.assert_close(update(whole, site).detach(), b @ a, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("name", low_rank.PEFT)
+def test_a_rule_of_peft_s_is_what_its_own_model_does(name: str) -> None:
+    net = wide(unet).float()
+    tuners = [tuner(net, "lora", seed, rank=2, alpha=3.0).float() for seed in (0, 1)]
+    options: dict[str, Any] = {"density": 0.5} if name.startswith(PRUNING) else {}
+    ours: Any = merged(tuners, [0.7, 0.4], net, find_rule("lora", name)[1], **options)
+    names = [site.name for site in tuners[0].adapted]
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=names)
+    model: Any = get_peft_model(copy.deepcopy(net), config, adapter_name="0")  # type: ignore[arg-type]
+    model.add_adapter("1", config)
+    for number, one in enumerate(tuners):
+        for site, layer in one.adapted.items():
+            theirs = model.get_base_model().get_submodule(site.name)
+            theirs.lora_A[str(number)].weight.data.copy_(layer.lora_A["default"].weight)
+            theirs.lora_B[str(number)].weight.data.copy_(layer.lora_B["default"].weight)
+    torch.manual_seed(low_rank.SEED)
+    model.add_weighted_adapter(["0", "1"], [0.7, 0.4], "merged", combination_type=name, **options)
+    for site in ours.adapted:
+        layer = model.get_base_model().get_submodule(site.name)
+        theirs = layer.scaling["merged"] * layer.lora_B["merged"].weight @ layer.lora_A["merged"].weight
+        torch.testing.assert_close(update(ours, site), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_what_peft_refuses_is_said_with_the_exact_rule() -> None:
@@ -227,6 +240,30 @@ def test_weights_are_the_base_s_plus_the_differences(method: str) -> None:
         changes = [one.get_parameter(name) - start for one in tuners]
         expected = start + 0.7 * changes[0] - 0.4 * changes[1]
         torch.testing.assert_close(own.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit", "difffit"])
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("ties", merge_utils.ties),
+        ("dare_linear", merge_utils.dare_linear),
+        ("dare_ties", merge_utils.dare_ties),
+        ("magnitude_prune", merge_utils.magnitude_prune),
+    ],
+)
+def test_a_rule_of_differences_is_peft_s_function_on_them(method: str, name: str, function: Any) -> None:
+    net = wide(unet)
+    tuners = [tuner(net, method, seed) for seed in (0, 1)]
+    whole = merged(tuners, [0.7, 0.4], net, find_rule(method, name)[1], density=0.5)
+    theirs = dict(net.named_parameters())
+    torch.manual_seed(SEED)
+    for key, own in whole.named_parameters():
+        start = (theirs[key] if key in theirs else torch.ones_like(own)).detach().float()
+        changes = [one.get_parameter(key).detach() - start for one in tuners]
+        expected = start + function(changes, torch.tensor([0.7, 0.4], dtype=own.dtype), density=0.5)
+        torch.testing.assert_close(own.detach(), expected.to(own.dtype), rtol=0, atol=1e-5)
+        assert not torch.equal(own.detach(), start.to(own.dtype))
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
