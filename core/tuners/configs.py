@@ -120,6 +120,10 @@ class UniControlNetConfig(Config):
     fdn_start: Literal["pretrained", "default"] = Field(
         "pretrained", description="start of the norms that maps modulate: as the base's norms, or as published"
     )
+    features: Literal["zero", "alive"] = Field(
+        "zero", description="start of the maps' features: behind zero convolutions, as published, or with the variance "
+        "kept, so that the copy is shown the maps from the first step on (not in the papers)"
+    )  # fmt: skip
     width: float | None = Field(
         None, gt=0, le=4,
         description="widths of the maps' features over the published ones; 1, or less for bases narrower than SD, when "

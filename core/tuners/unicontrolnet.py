@@ -23,6 +23,7 @@ from .base import SiteTuner, Terms, check_maps, in_precision_of
 from .configs import UniControlNetConfig
 from .encoder_copy import check_encoder, encoder_states, inject, own_copy
 from .fdn import FDN, Extractor, convolution, level_widths
+from .scedit import keep_variance
 
 TOGETHER = "(all conditions)"
 """The key of the features. All maps make one set of them, so there is no weight per condition."""
@@ -52,6 +53,8 @@ class LocalAdapter(SiteTuner):
         self.widths = level_widths(len(blocks), widen)
         strides = [2 ** len(block.downsamplers or ()) for block in blocks[:-1]]
         self.extractor = Extractor(3 * len(conditions), self.widths, strides, vae_scale, widen, config.ratio)
+        if config.features == "alive":
+            keep_variance(self.extractor)
         self.zero = nn.ModuleList(
             convolution(site.channels, site.channels, 1, ratio=config.ratio, zero=True) for site in sites
         )

@@ -153,6 +153,28 @@ def test_the_extractor_is_as_published_for_factor_8() -> None:
     assert not any(f.any() for f in features), "zero convolutions"
 
 
+@BOTH
+def test_living_features_differ_between_maps_from_the_first_step_on(method: str) -> None:
+    net, (latents, t, text, hint) = unet().double(), given()
+    torch.manual_seed(0)
+    tuner = tuner_class(method).build(method_config(method, {"features": "alive"}), net, ("canny",), 4).double()
+    features = tuner.extractor(hint)
+    assert all((f[0] - f[1]).std() > 0.2 for f in features)
+    with torch.no_grad(), tuned(net, tuner):
+        out = net(latents, t, text, cross_attention_kwargs=channel({"canny": hint})).sample
+    assert torch.equal(out, net(latents, t, text).sample), "it starts as the base"
+    with tuned(net, tuner):
+        net(latents, t, text, cross_attention_kwargs=channel({"canny": hint})).sample.square().sum().backward()
+    assert all(own.weight.grad.any() for own in tuner.zero), "the first step moves what leads the copy's states off"
+    with torch.no_grad(), tuned(net, tuner):
+        for own in tuner.zero:
+            own.weight -= 0.01 * own.weight.grad.sign()
+        shown, other = (
+            net(latents, t, text, cross_attention_kwargs=channel({"canny": maps})).sample for maps in (hint, 1 - hint)
+        )
+    assert (shown - other).abs().max() > 1e-3, "after one step maps make a difference"
+
+
 @pytest.mark.parametrize("factor", [1, 2, 4, 8, 16, 32, 64])
 def test_features_are_on_the_grid_of_every_level_for_every_factor(factor: int) -> None:
     extractor = Extractor(3, level_widths(3, 0.25), [2, 1], factor, 0.25)
