@@ -133,6 +133,8 @@ class DistillConfig(StudentConfig):
 class TrainConfig(Config):
     """Everything that decides a training run's result."""
 
+    former = frozenset({"checkpointing"})
+
     method: str = Field("scedit", description="what to train; see `sctool methods`")
     tuner: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
     cond: tuple[str, ...] = Field((), description="conditions to control by, e.g. canny or canny:low=50,color")
@@ -199,7 +201,7 @@ class TrainConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _checkpointing(cls, values: Any) -> Any:
-        """Runs from before `memory` have `checkpointing` in their settings."""
+        """Runs from before `memory` have `checkpointing`, which is memory=minimum, in their settings."""
         if not isinstance(values, Mapping) or "checkpointing" not in values:
             return values
         rest = {key: value for key, value in values.items() if key != "checkpointing"}

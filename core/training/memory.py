@@ -83,15 +83,13 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def fake_twin(module: nn.Module) -> Any:
-    """A copy with float32 weights that have no storage; to be called under a `FakeTensorMode`. Nothing is copied."""
+def fake_twin(module: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
+    """A copy with weights that have no storage, in `dtype`; to be called under a `FakeTensorMode`. No weight is copied."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
     for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty(
-            buffer.shape, dtype=torch.float32 if buffer.is_floating_point() else buffer.dtype
-        )
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=dtype if buffer.is_floating_point() else buffer.dtype)
     return copy.deepcopy(module, memo)
 
 

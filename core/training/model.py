@@ -1,4 +1,4 @@
-"""Denoiser and tuners as they are trained: attached, with frozen parts in the form that trains fastest or with least."""
+"""Denoiser and tuners as they are trained: attached, frozen parts in the form that takes least time or memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..sites.attaching import TunedBackbone
 from ..tuners.base import Tuner
 
 GRAPHS = 64
-"""Graphs that the compiler may make of one block: one for each width and grid, and for each block with a tuner in it."""
+"""Graphs that the compiler may make of a block: one for each width and grid, and each block with a tuner in it."""
 
 
 def build_model(
