@@ -84,7 +84,7 @@ def _drop(parameter: Tensor) -> None:
 
 
 def fake_twin(module: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
-    """A copy with weights that have no storage, in `dtype`; to be called under a `FakeTensorMode`. No weight is copied."""
+    """A copy with weights that have no storage, in `dtype`; to be called under a `FakeTensorMode`."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
