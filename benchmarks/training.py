@@ -36,12 +36,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sctool.core.backbones.architectures import KNOWN, Architecture, architecture
-from sctool.core.backbones.upsampling import fold_upsampling
+from sctool.core.config import MemoryLevel
 from sctool.core.devices import torch_dtype
 from sctool.core.files import write_text
 from sctool.core.measure import saved_bytes
 from sctool.core.sites.attaching import TunedBackbone
 from sctool.core.sites.parts import family_of
+from sctool.core.training.model import build_model
 from sctool.core.tuners import method_config, tuner_class
 
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
@@ -92,14 +93,15 @@ def lora(targets: str) -> Build:
     return build
 
 
-def ours(method: str, *conditions: str, fold: bool = True, masked: bool = False, **settings: object) -> Build:
+def ours(
+    method: str, *conditions: str, fold: bool = True, masked: bool = False, level: MemoryLevel = "plain",
+    **settings: object,
+) -> Build:  # fmt: skip
     """A method of this project as the trainer runs it: upsampling folded, with `masked` on half of the tokens."""
 
     def build(net: Any) -> Method:
         tuner = tuner_class(method).build(method_config(method, settings), net, conditions)
-        model = TunedBackbone(net, tuner)
-        if fold:
-            fold_upsampling(net)
+        model = build_model(net, tuner, level=level) if fold else TunedBackbone(net, tuner)
 
         def predict(i: Inputs) -> Tensor:
             hints = {name: i["hint"] for name in conditions} or None
@@ -305,7 +307,10 @@ def measured_how(tiny: bool, precision: str, side: int, repeats: int) -> str:
             f"of {processor()}, methods alternating, median of {repeats} paired ratios. All weights have that "
             "precision, except SCEdit's own, which stay in float32 and are cast."
         )
-    text += " SCEdit runs on a decoder with folded upsampling, as in `sctool train`; one row is without folding."
+    text += (
+        " SCEdit runs on a decoder with folded upsampling, as in `sctool train`, and keeps what autograd keeps "
+        "(`memory=plain`); one row is without folding."
+    )
     return f"{text} torch {torch.__version__}."
 
 

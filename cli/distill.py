@@ -67,7 +67,7 @@ def distill(
 
       sctool distill                                            built-in base and data
 
-      sctool distill --base ./sd21 --budget 0.5 --data laion batch=64 precision=bf16 checkpointing=true
+      sctool distill --base ./sd21 --budget 0.5 --data laion batch=64 precision=bf16 memory=minimum
 
       sctool distill --base ./sd15 --prune small --dry-run
 

@@ -5,8 +5,9 @@ A method's own settings are one class in `core/tuners/configs.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -14,6 +15,10 @@ from .data.conditions import parse_conditions
 from .data.prompts import check_template
 from .errors import UsageError
 from .resolving import Config, build
+
+MemoryLevel = Literal["plain", "normal", "low", "lower", "minimum"]
+LEVELS: tuple[MemoryLevel, ...] = get_args(MemoryLevel)
+"""The levels of memory, from the most to the least; see `core/lean/levels.py`."""
 
 # --------------------------------------------------------------------------------------------------- training
 
@@ -128,6 +133,8 @@ class DistillConfig(StudentConfig):
 class TrainConfig(Config):
     """Everything that decides a training run's result."""
 
+    former = frozenset({"checkpointing"})
+
     method: str = Field("scedit", description="what to train; see `sctool methods`")
     tuner: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
     cond: tuple[str, ...] = Field((), description="conditions to control by, e.g. canny or canny:low=50,color")
@@ -163,8 +170,11 @@ class TrainConfig(Config):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto, fp32, bf16 or fp16 for the frozen base; tuners stay in fp32"
     )
-    checkpointing: bool = Field(False, description="gradient checkpointing: recompute activations to save memory")
-    compile: bool = Field(False, description="torch.compile the denoiser")
+    memory: str = Field(
+        "normal", description="plain, normal, low, lower or minimum: the less, the more is computed again in backward; "
+        "or a card's memory, e.g. 24GB, for the first of these but plain that fits it"
+    )  # fmt: skip
+    compile: bool = Field(False, description="torch.compile the denoiser's repeated blocks")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting (arXiv 2303.09556), usually 5")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty prompt")
     mask: float = Field(
@@ -187,6 +197,22 @@ class TrainConfig(Config):
     guidance: float | None = Field(
         None, ge=0, description="classifier-free guidance of previews and adherence; the base's usual when not given"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checkpointing(cls, values: Any) -> Any:
+        """Runs from before `memory` have `checkpointing`, which is memory=minimum, in their settings."""
+        if not isinstance(values, Mapping) or "checkpointing" not in values:
+            return values
+        rest = {key: value for key, value in values.items() if key != "checkpointing"}
+        return {"memory": "minimum", **rest} if values["checkpointing"] is True else rest
+
+    @field_validator("memory")
+    @classmethod
+    def _level_or_size(cls, value: str) -> str:
+        if value not in LEVELS and card_bytes(value) is None:
+            raise UsageError(f"memory={value}: write {', '.join(LEVELS)}, or a card's memory as 24GB.")
+        return value
 
     @field_validator("hint_drop_all")
     @classmethod
@@ -224,6 +250,12 @@ class TrainConfig(Config):
     def conditions(self) -> tuple[str, ...]:
         """The names of the conditions, without annotator settings."""
         return tuple(spec.name for spec in parse_conditions(self.cond))
+
+
+def card_bytes(memory: str) -> int | None:
+    """The bytes of a card's memory, written as 24GB (1e9 bytes each); None for anything else, as a level."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", memory, re.IGNORECASE)
+    return int(float(match[1]) * 1e9) or None if match else None
 
 
 def _task(row: Any, where: str) -> TaskConfig:

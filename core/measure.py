@@ -8,11 +8,15 @@ import resource
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 REPEATS = 5
 PATIENCE = 60.0
@@ -21,10 +25,50 @@ ROUNDS = 3
 """Repeats that are made however long they take."""
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes of activations that autograd saves for backward during `forward()`, each storage once.
+class LiveBytes(TorchDispatchMode):
+    """Context manager that counts the bytes of all storages made inside which are still alive: `now`, and its `peak`.
 
-    The parameters and buffers of `model` do not count. Works on the meta device and on fake tensors too.
+    Works on the meta device and on fake tensors too. Of a GPU it knows what tensors hold, not libraries' workspaces.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation and counts the storages of its results that none of its arguments has."""
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in given and id(storage) not in self._known:
+                    self._add(storage)
+        return out
+
+    def storages(self) -> dict[int, int]:
+        """The bytes of every storage that is alive, by its address."""
+        alive = (storage() for storage in self._known.values())
+        return {storage._cdata: storage.nbytes() for storage in alive if storage is not None}
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def freed(_: object) -> None:
+            if self._known.pop(key, None) is not None:
+                self.now -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that are kept for backward after `forward()`, each storage once.
+
+    They are what autograd saved, and all else that was made and is still alive, as what checkpointing holds; not the
+    parameters and buffers of `model`, nor the output. Works on the meta device and on fake tensors too.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.Tensor] = {}  # the tensors stay alive, so that no address is used twice
@@ -35,11 +79,13 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
             saved.setdefault(storage, tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with LiveBytes() as live, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
-        total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        results = {t.untyped_storage()._cdata for t in tree_leaves(output) if isinstance(t, torch.Tensor)}
+        kept = {key: tensor.untyped_storage().nbytes() for key, tensor in saved.items()}
+        kept |= {key: size for key, size in live.storages().items() if key not in results}
     del output  # not before: the graph holds what was saved
-    return total
+    return sum(kept.values())
 
 
 def in_turns(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -21,6 +21,8 @@ class Config(BaseModel):
     """A frozen set of values; unknown keys are refused. A list may be written with commas: `skips=0,3,6`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    former: ClassVar[frozenset[str]] = frozenset()
+    """Keys of earlier versions that are still read; a validator translates them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +86,7 @@ SETTINGS_REMEDY = " A method's own settings are written tuner.KEY=VALUE."
 def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     """Validates `values` as `cls`. Raises `UsageError` that names the key, the fault and the nearest known key."""
     for key in values:
-        if key not in cls.model_fields:
+        if key not in cls.model_fields and key not in cls.former:
             raise unknown(f"{where}key", key, cls.model_fields, SETTINGS_REMEDY if "tuner" in cls.model_fields else "")
     try:
         return cls.model_validate(dict(values))

@@ -53,6 +53,8 @@ class ThinConv2d(nn.Conv2d):
     vertical ones, up (m, r, 1, k) with the horizontal ones.
     """
 
+    convolve = staticmethod(F.conv2d)
+
     def __init__(self, like: nn.Conv2d, rank: int, form: Form = "flat") -> None:
         """A new layer of the shape of `like`, which must be `divisible`."""
         nn.Module.__init__(self)
@@ -89,9 +91,10 @@ class ThinConv2d(nn.Conv2d):
         """(B, n, H, W) to (B, m, H', W')."""
         (top, left), (down, right) = self.padding, self.stride  # type: ignore[misc]
         if self.form == "flat":
-            return F.conv2d(F.conv2d(input, self.down, None, self.stride, self.padding), self.up, self.bias)
-        hidden = F.conv2d(input, self.down, None, (down, 1), (top, 0))  # type: ignore[arg-type]
-        return F.conv2d(hidden, self.up, self.bias, (1, right), (0, left))  # type: ignore[arg-type]
+            hidden = self.convolve(input, self.down, None, self.stride, self.padding)  # type: ignore[arg-type]
+            return self.convolve(hidden, self.up, self.bias)
+        hidden = self.convolve(input, self.down, None, (down, 1), (top, 0))  # type: ignore[arg-type]
+        return self.convolve(hidden, self.up, self.bias, (1, right), (0, left))  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """The geometry, rank and form."""

@@ -13,6 +13,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..lean.exchanging import Exchange, hooked, places
+from ..lean.functions import frozen_conv2d
+
 
 def folded(weight: Tensor) -> Tensor:
     """3x3 weights (O, I, 3, 3) as those of the four phases, (4 O, I, 2, 2) in the order (0,0) (0,1) (1,0) (1,1).
@@ -46,24 +49,22 @@ class PhaseUpsample2D(Upsample2D):
             return self.original[0](hidden_states, output_size)
         padded = F.pad(hidden_states, (1, 1, 1, 1))
         phases = [
-            F.conv2d(padded[:, :, a : a + height + 1, b : b + width + 1], weight, self.conv.bias)
+            frozen_conv2d(padded[:, :, a : a + height + 1, b : b + width + 1], weight, self.conv.bias)
             for (a, b), weight in zip(((0, 0), (0, 1), (1, 0), (1, 1)), self.phases.chunk(4), strict=True)
         ]
         return F.pixel_shuffle(torch.stack(phases, 2).flatten(1, 2), 2)
 
 
-def fold_upsampling(denoiser: nn.Module) -> int:
-    """Replaces every frozen upsampler of `denoiser` by its folded form, in place; returns their number.
+def fold_upsampling(denoiser: nn.Module) -> Exchange:
+    """Replaces every frozen upsampler of `denoiser` by its folded form, in place, until what is returned is removed.
 
     Upsamplers that are trained, hooked or of another kind (a norm, a transposed convolution, a wrapped layer) stay.
     """
-    count = 0
-    for holder in list(denoiser.modules()):
-        for name, module in list(holder.named_children()):
-            if _foldable(module):
-                setattr(holder, name, PhaseUpsample2D(module))
-                count += 1
-    return count
+    exchange = Exchange()
+    for holder, name, module in places(denoiser):
+        if _foldable(module):
+            exchange.put(holder, name, PhaseUpsample2D(module))  # type: ignore[arg-type]
+    return exchange
 
 
 def _foldable(module: nn.Module) -> bool:
@@ -73,5 +74,4 @@ def _foldable(module: nn.Module) -> bool:
     if type(conv) is not nn.Conv2d or any(p.requires_grad for p in conv.parameters()):
         return False
     plain = (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, conv))
-    return plain and conv.groups == 1 and conv.padding_mode == "zeros" and not hooked
+    return plain and conv.groups == 1 and conv.padding_mode == "zeros" and not hooked(module, conv)

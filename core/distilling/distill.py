@@ -76,6 +76,11 @@ class Distillation(Recipe):
         assert self.teacher is not None
         return self.teacher
 
+    def besides(self, precision: str) -> int:
+        """The teacher's weights."""
+        assert self.teacher is not None
+        return sum(p.numel() * p.element_size() for p in self.teacher.denoiser.parameters())
+
     def begin(self, run: Run) -> None:
         """A student's run has no tuner to sample with, so it is not the latest one."""
 

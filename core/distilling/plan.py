@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbones.loading import Backbone, load_backbone
 from ..backbones.thin import make_thin
-from ..config import TrainConfig
+from ..config import MemoryLevel, TrainConfig
 from ..data.records import Source
 from ..devices import best_device, choose_precision, torch_dtype
-from ..training.plan import ADAM_STATES, activation_bytes, meta_model
+from ..training.memory import Estimate, Part, chosen_level, estimate
 from ..training.splits import split_records
 from ..tuners import method_config, tuner_class
 from .making import plan as plan_student
@@ -50,9 +50,13 @@ def plan_distillation(
     size, width = config.size or teacher.resolution, torch.finfo(torch_dtype(precision)).bits // 8
     teacher_bytes = own.before * width
     with teacher.replaced(student):
-        activations = activation_bytes(meta_model(teacher, tuner, config.checkpointing), teacher, (), size)
+
+        def estimated(level: MemoryLevel) -> Estimate:
+            return estimate(config, {None: Part(teacher, tuner, ())}, size, level, width)
+
+        level, found = chosen_level(config.memory, estimated, teacher_bytes)
+        found = found or estimated(level)
     training, validation = split_records(source, held_out, config)
-    trained = own.after * 4 * (ADAM_STATES + bool(config.ema))
     return {
         "base": config.base, "kind": "pruned" if config.distill.prune else "low-rank",
         "layers": own.layers, "low_rank_layers": len(own.ranks),
@@ -60,7 +64,7 @@ def plan_distillation(
         "flops_before": before, "flops_after": after,
         "precision": precision, "device": str(device), "size": size, "steps": config.steps,
         "batch": config.batch * config.accumulate, "images": len(training), "held_out": len(validation),
-        "memory": activations * width // 4 * config.batch + teacher_bytes + trained,
+        "memory": found.total + teacher_bytes, "memory_level": level,
     }  # fmt: skip
 
 
@@ -76,6 +80,6 @@ def show_plan(plan: dict[str, Any]) -> str:
             f"({100 * work:.1f} %)",
             f"work       {plan['steps']} steps of {plan['batch']} images, {plan['precision']} on {plan['device']}",
             f"data       {plan['images']} images for training, {plan['held_out']} held out",
-            f"memory     about {plan['memory'] / 1e9:.2f} GB",
+            f"memory     {plan['memory_level']}, about {plan['memory'] / 1e9:.2f} GB",
         ]
     )

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..backbones.loading import Backbone, autoencoder_dtype, load_backbone
-from ..config import TrainConfig
+from ..config import MemoryLevel, TrainConfig
 from ..data.prepared import cache_plan
 from ..data.records import Source
 from ..devices import best_device, choose_precision, torch_dtype
-from ..measure import saved_bytes
-from ..sites.attaching import TunedBackbone
 from ..tasks import task_configs
 from ..tuners import check_routing
-from ..tuners.base import Tuner
 from .lanes import TaskSet
+from .memory import Estimate, Footprint, Part, chosen_level, estimate
 from .recipe import check_mask
-from .setup import added_classes, build_model, build_tuner
+from .setup import added_classes, build_tuner
 from .splits import split_records
-
-ADAM_STATES = 4  # float32 numbers per trained weight: the weight, its gradient, AdamW's two moments
-
-
-def activation_bytes(model: TunedBackbone, backbone: Backbone, conditions: tuple[str, ...], size: int) -> int:
-    """Bytes of activations saved for backward per image, counted in float32 on the meta device."""
-    side = size // backbone.vae_scale
-    latents = torch.empty(1, backbone.latent_channels, side, side, device="meta")
-    rows = backbone.family.dummy_rows(model.denoiser.config, 1, "meta")
-    hints = {name: torch.empty(1, 3, size, size, device="meta") for name in conditions}
-    return saved_bytes(model, lambda: model(latents, torch.zeros(1, device="meta"), rows, hints or None))
-
-
-def meta_model(backbone: Backbone, tuner: Tuner, checkpointing: bool) -> TunedBackbone:
-    """The model on the meta device, as it is trained on one sample of a task."""
-    twins = (copy.deepcopy(module).to("meta") for module in (backbone.denoiser, tuner))
-    return build_model(*twins, checkpointing=checkpointing)
 
 
 def plan_run(
@@ -52,8 +32,8 @@ def plan_tasks(config: TrainConfig, sets: Mapping[str | None, TaskSet], *, offli
     """The figures of a run without running it; all sizes in bytes. `sets` as for `train_tasks`.
 
     With tasks, the figures of each are in "tasks" and those of the whole run are their sums.
-    Memory is weights, gradients, AdamW's two moments and the activations saved for backward (counted exactly for eager
-    mode on the meta device); the workspace of the device's libraries comes on top.
+    Memory is weights, gradients, AdamW's two moments and the activations at the peak of a step (counted exactly for
+    eager mode on fake tensors); the workspace of the device's libraries comes on top.
     """
     check_routing(config)
     device = torch.device(best_device())
@@ -64,14 +44,16 @@ def plan_tasks(config: TrainConfig, sets: Mapping[str | None, TaskSet], *, offli
     backbone.check_size(size)
     width = torch.finfo(torch_dtype(precision)).bits // 8
     configs = task_configs(config)
-    plans, held = {}, 0
-    for task, own in configs.items():
-        plans[task], numbers = _plan_task(own, sets[task], backbone, size, width, task)
-        held = max(held, numbers)
+    parts = {task: _part(own, sets[task], backbone, task) for task, own in configs.items()}
+
+    def estimated(level: MemoryLevel) -> Estimate:
+        return estimate(config, parts, size, level, width)
+
+    level, found = chosen_level(config.memory, estimated)
+    found = found or estimated(level)
+    plans = {task: _plan_task(own, sets[task], parts[task], size, found.parts[task]) for task, own in configs.items()}
     whole = _together(plans) if config.tasks else plans[None]
     frozen = sum(p.numel() for p in backbone.denoiser.parameters())
-    activations = sum(plan["activations_per_image"] for plan in plans.values())
-    trained = whole["trainable"] * 4 * (ADAM_STATES + bool(config.ema))
     return {
         "method": config.method,
         "base": config.base,
@@ -81,34 +63,37 @@ def plan_tasks(config: TrainConfig, sets: Mapping[str | None, TaskSet], *, offli
         "size": size,
         "steps": config.steps,
         "batch": config.batch * config.accumulate * len(plans),
-        "memory": activations * config.batch + held * width + trained,
+        "memory": found.total,
+        "memory_level": level,
         **whole,
         "total": frozen + sum(plan["total"] - frozen for plan in plans.values()),
     }
 
 
-def _plan_task(
-    config: TrainConfig, part: TaskSet, backbone: Backbone, size: int, width: int, task: str | None
-) -> tuple[dict[str, Any], int]:
-    """The figures of one task, and how many numbers the denoiser holds; `width` is the bytes of one."""
-    training, validation = split_records(part.source, part.held_out, config)
+def _part(config: TrainConfig, part: TaskSet, backbone: Backbone, task: str | None) -> Part:
+    """What is trained of one task."""
     backbone = backbone.with_classes(added_classes(config, part.source, part.held_out, backbone, task))
-    tuner = build_tuner(config, backbone, task)
-    model = meta_model(backbone, tuner, config.checkpointing)
+    return Part(backbone, build_tuner(config, backbone, task), config.conditions)
+
+
+def _plan_task(config: TrainConfig, part: TaskSet, own: Part, size: int, footprint: Footprint) -> dict[str, Any]:
+    """The figures of one task."""
+    training, validation = split_records(part.source, part.held_out, config)
+    backbone, tuner = own.backbone, own.tuner
     frozen = sum(p.numel() for p in backbone.denoiser.parameters())
-    held = frozen + sum(buffer.numel() for buffer in model.denoiser.buffers())
-    own = sum(p.numel() for p in tuner.parameters() if p.requires_grad)
-    figures = {
+    trained = sum(p.numel() for p in tuner.parameters() if p.requires_grad)
+    return {
         "cond": list(config.conditions),
         "sites": tuner.describe_sites(),
         "classes_added": list(backbone.classes),
-        "trainable": own,
+        "trainable": trained,
         "stored": sum(value.numel() for value in tuner.state_dict().values()),
-        "total": frozen + own - tuner.replaced(),
+        "total": frozen + trained - tuner.replaced(),
         "images": len(training),
         "held_out": len(validation),
         "epochs": round(config.steps * config.batch * config.accumulate / max(1, len(training)), 2),
-        "activations_per_image": activation_bytes(model, backbone, config.conditions, size) * width // 4,
+        "activations_per_image": footprint.saved,
+        "peak_per_image": footprint.peak,
         "cache": cache_plan(
             training,
             backbone,
@@ -118,14 +103,14 @@ def _plan_task(
             prompt=backbone.family.prompt_rule(config.trigger, config.caption),
         ),
     }
-    return figures, held
 
 
 def _together(plans: Mapping[str | None, dict[str, Any]]) -> dict[str, Any]:
     """Each task's figures under "tasks", and those of the whole run: sums, and the mean image's activations."""
     sums = {key: sum(plan[key] for plan in plans.values()) for key in ("trainable", "stored", "images", "held_out")}
-    activations = sum(plan["activations_per_image"] for plan in plans.values()) // len(plans)
-    return {"tasks": dict(plans), **sums, "activations_per_image": activations}
+    per_image = ("activations_per_image", "peak_per_image")
+    means = {key: sum(plan[key] for plan in plans.values()) // len(plans) for key in per_image}
+    return {"tasks": dict(plans), **sums, **means}
 
 
 def captions(cache: dict[str, Any]) -> str:
@@ -147,12 +132,14 @@ def added(classes: list[str]) -> str:
 def show_plan(plan: dict[str, Any]) -> str:
     """The plan as lines for a person; with tasks, those of each follow those of the run."""
     share, saved = 100 * plan["trainable"] / plan["frozen"], plan["activations_per_image"] / 1e6
+    peak = plan["peak_per_image"] / 1e6
     lines = [
         f"method     {plan['method']}{_control(plan)}",
         f"base       {plan['base']} at {plan['size']} px",
         f"weights    {plan['trainable']:,} trained, {plan['frozen']:,} frozen ({share:.2f} %)",
         f"work       {plan['steps']} steps of {plan['batch']} images, {plan['precision']} on {plan['device']}",
-        f"memory     about {plan['memory'] / 1e9:.2f} GB ({saved:.1f} MB of saved activations per image)",
+        f"memory     {plan['memory_level']}, about {plan['memory'] / 1e9:.2f} GB "
+        f"({saved:.1f} MB of saved activations per image, {peak:.1f} MB at the peak)",
     ]
     for name, task in plan.get("tasks", {}).items():
         lines += [f"task       {name}{_control(task)}, {task['trainable']:,} weights", *_show_task(task)]

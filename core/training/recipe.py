@@ -32,6 +32,10 @@ class Recipe:
         """The base that previews are compared to, before tuners are attached."""
         return backbone
 
+    def besides(self, precision: str) -> int:
+        """Bytes of the device that the training holds beside the base and what is trained."""
+        return 0
+
     def begin(self, run: Run) -> None:
         """Called when the run is about to take steps: from now on it is the latest one."""
         run.become_latest()

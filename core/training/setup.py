@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ..backbones.loading import Backbone
-from ..backbones.upsampling import fold_upsampling
 from ..checkpoint import load_tuner, read_meta, task_files
-from ..config import TrainConfig
+from ..config import MemoryLevel, TrainConfig
 from ..data.prepared import PreparedSet, prepare
 from ..data.records import Source
 from ..devices import torch_dtype
@@ -27,11 +26,15 @@ from ..tasks import task_configs
 from ..tuners import check_routing, method_config, tuner_class, with_learning_rate
 from ..tuners.base import Tuner
 from .lanes import Data, Lane, TaskSet
+from .memory import Part, chosen_level, estimate
+from .model import build_model, compile_blocks
 from .objective import DiffusionObjective
 from .recipe import Recipe
 from .splits import split_records
 from .state import load_state
 from .training import Training, whole
+
+Say = Callable[[str], None]
 
 
 def prepare_data(
@@ -133,35 +136,37 @@ def open_lanes(
     ]
 
 
-def build_model(
-    denoiser: nn.Module, *tuners: Tuner, tasks: Sequence[str | None] | None = None, checkpointing: bool = False
-) -> TunedBackbone:
-    """Denoiser and tuners as they are trained.
-
-    Upsampling is folded after attaching: an upsampler that is trained or has a hooked layer must stay as it is.
-    """
-    model = TunedBackbone(denoiser, *tuners, tasks=tasks)
-    fold_upsampling(denoiser)
-    if checkpointing:
-        denoiser.enable_gradient_checkpointing()
-        for tuner in tuners:
-            tuner.recompute()
-    return model
+def memory_level(
+    config: TrainConfig, lanes: Sequence[Lane], precision: str, processes: int, besides: int, say: Say
+) -> MemoryLevel:
+    """The level of memory of the config, or the one that fits its card. Raises `UsageError` where none does."""
+    parts = {lane.name: Part(lane.backbone, lane.tuner, lane.config.conditions) for lane in lanes}
+    size, width = config.size or lanes[0].backbone.resolution, torch.finfo(torch_dtype(precision)).bits // 8
+    level, found = chosen_level(
+        config.memory, lambda level: estimate(config, parts, size, level, width, processes), besides
+    )
+    if found is not None:
+        say(f"{config.memory} of memory: training with {found}")
+    return level
 
 
 def set_up(
     config: TrainConfig, run: Run, backbone: Backbone, lanes: list[Lane], accelerator: Accelerator, precision: str,
-    recipe: Recipe | None = None,
+    recipe: Recipe | None = None, say: Say = lambda line: None,
 ) -> Training:  # fmt: skip
-    """Attaches the tuners, makes optimizer and objective, and restores the newest state."""
+    """Attaches the tuners, makes optimizer and objective, and restores the newest state.
+
+    `say` is told the level of memory where it is chosen here.
+    """
     recipe = recipe or Recipe()
     device, config = accelerator.device, with_learning_rate(config)
     lr = config.lr or 0.0
     tuners = [lane.tuner for lane in lanes]
     autocast = any(tuner.needs_autocast for tuner in tuners) or precision == "fp16"  # fp32 master weights need it
-    model = build_model(
-        backbone.denoiser, *tuners, tasks=[lane.name for lane in lanes], checkpointing=config.checkpointing
-    ).to(device, memory_format=torch.channels_last)
+    level = memory_level(config, lanes, precision, accelerator.num_processes, recipe.besides(precision), say)
+    model = build_model(backbone.denoiser, *tuners, tasks=[lane.name for lane in lanes], level=level).to(
+        device, memory_format=torch.channels_last
+    )
     parameters = [parameter for lane in lanes for parameter in lane.parameters]
     optimizer = torch.optim.AdamW(parameters, lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     rates = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
@@ -169,7 +174,7 @@ def set_up(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     start, recent = load_state(run, whole(lanes), optimizer, ema, scaler)
     if config.compile:
-        model.compile()
+        compile_blocks(backbone.denoiser)
     noising = backbone.noising()
     ordinary = DiffusionObjective(
         backbone.family,

@@ -77,7 +77,7 @@ def train_tasks(
         ]
         for validator in validators:
             validator.draw_base(recipe.reference(validator.backbone))  # before the tuners are attached
-    training = set_up(config, run, backbone, lanes, accelerator, precision, recipe)
+    training = set_up(config, run, backbone, lanes, accelerator, precision, recipe, progress.note)
     if accelerator.is_main_process:
         run.forget_after(training.start)
         recipe.begin(run)  # not before: a training that was refused is no run to sample from

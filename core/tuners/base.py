@@ -85,8 +85,11 @@ class Tuner(nn.Module):
         """The number of the denoiser's parameters that its own stand in for; the others are added."""
         return 0
 
+    def keep_less(self) -> None:
+        """For a tuner that can do with less for backward: keeps what backward reads (memory=normal and less)."""
+
     def recompute(self) -> None:
-        """Gradient checkpointing, once it is attached, for a tuner with a network of its own that is worth it."""
+        """Gradient checkpointing, once it is attached, for a tuner with a network of its own (memory=minimum)."""
 
     def in_diffusers(self) -> dict[str, Any]:
         """The tuner as diffusers' own models by condition, for methods that are such: {} for all others."""

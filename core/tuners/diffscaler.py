@@ -8,6 +8,7 @@ separate encoder, no zero convolutions": here, as further columns of W_down at t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class DiffScaler(SiteTuner):
         self._check(denoiser)
         grouped = family.grouped if config.qkv == "grouped" else ""
         self.branch_of = {site.name: shared_name(site, grouped) for site in sites}
+        self.sharers = Counter(self.branch_of.values())
         self.dims = self._dims(sites)
         self.branches, self.affiners = nn.ModuleDict(), nn.ModuleDict()
         for site in sites:
@@ -134,7 +136,7 @@ class DiffScaler(SiteTuner):
     @torch.no_grad()
     def _encoded(self, hint: Tensor) -> Tensor:
         """The mean of the map's latent, scaled as the denoiser takes latents."""
-        if hint.is_meta:
+        if hint.is_meta or isinstance(hint, FakeTensor):
             return hint.new_empty(len(hint), self.width, *(side // self.vae_scale for side in hint.shape[-2:]))
         if self._latent is None:
             raise SctoolError(
@@ -169,12 +171,13 @@ class DiffScaler(SiteTuner):
             return None, None
         name = self.branch_of[site.name]
         branch: Any = self.branches[key(name)]
-        last = call.scratch.get("hidden")
+        last = call.scratch.pop("hidden", None)
         if last is not None and last[0] == name and last[1] is call.given:
-            return last[2], branch.gate
-        h = branch(call.given, x, self._weighted(call) if site == self.first else ())
-        if name != site.name:
-            call.scratch["hidden"] = name, call.given, h
+            h, left = last[2:]
+        else:
+            h, left = branch(call.given, x, self._weighted(call) if site == self.first else ()), self.sharers[name] - 1
+        if left:  # not longer: a layer that is computed again in backward computes h again too
+            call.scratch["hidden"] = name, call.given, h, left - 1
         return h, branch.gate
 
     @staticmethod

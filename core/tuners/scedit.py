@@ -8,7 +8,7 @@ inferred from the printed parameter counts and is marked so. The hint path sees 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DoesNotFit, SctoolError, UsageError
+from ..lean.functions import gelu_conv2d
+from ..lean.recomputing import again
 from ..sites.site import Call, Features, Inputs
 from ..sites.skips import Skip, skips
 from .base import SiteTuner, known_conditions
@@ -32,6 +34,16 @@ def conv(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
     if isinstance(layer, nn.Linear):
         return F.conv2d(x, weight[:, :, None, None], bias)
     return F.conv2d(x, weight, bias, layer.stride, layer.padding)
+
+
+def activated(z: Tensor, layer: nn.Linear | nn.Conv2d, lean: bool) -> Tensor:
+    """conv(gelu(z)) for z (B, C, h, w); `lean` keeps z alone for backward, and not gelu(z)."""
+    if not lean:
+        return conv(F.gelu(z), layer)
+    weight, bias = layer.weight.to(z.dtype), None if layer.bias is None else layer.bias.to(z.dtype)
+    if isinstance(layer, nn.Linear):
+        return gelu_conv2d(z, weight[:, :, None, None], bias)
+    return gelu_conv2d(z, weight, bias, layer.padding)  # type: ignore[arg-type]
 
 
 def zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
@@ -62,17 +74,21 @@ def keep_variance(layers: nn.Module) -> None:
 class Adapter(nn.Module):
     """Eq. 6: T(x) = W_up gelu(W_down x), with biases, for x (B, C, h, w)."""
 
+    lean = False
+
     def __init__(self, channels: int, rank: int) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(channels, rank), zeroed(nn.Linear(rank, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """T(x), (B, C, h, w)."""
-        return conv(F.gelu(conv(x, self.down)), self.up)
+        return activated(conv(x, self.down), self.up, self.lean)
 
 
 class ConvAdapter(nn.Module):
     """The ablation's Conv operation (Tab. 5): 3x3 convolutions over C / 8 channels (inferred from its count)."""
+
+    lean = False
 
     def __init__(self, channels: int, rank: int) -> None:
         super().__init__()
@@ -81,7 +97,7 @@ class ConvAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """T(x), (B, C, h, w)."""
-        return conv(F.gelu(conv(x, self.down)), self.up)
+        return activated(conv(x, self.down), self.up, self.lean)
 
 
 class ResPrefix(nn.Module):
@@ -126,7 +142,10 @@ class Stem(nn.ModuleList):
 
     f is the autoencoder's factor. Seven 3x3 convolutions with SiLU between, three of stride 2 for f = 8. Another
     factor drops the last strides or adds some elsewhere, so that the chain always ends on the latent's grid.
+    `lean` computes it again in backward: 0.5 % of a step's FLOPs for 85 MB less per image (SD 1.5, 512 px, bfloat16).
     """
+
+    lean = False
 
     def __init__(self, out: int, widen: float, vae_scale: int) -> None:
         halvings = round(math.log2(vae_scale))
@@ -139,6 +158,9 @@ class Stem(nn.ModuleList):
 
     def forward(self, hint: Tensor) -> Tensor:
         """The encoded hint (B, out, H / f, W / f)."""
+        return again(self._encoded, hint) if self.lean and torch.is_grad_enabled() else self._encoded(hint)
+
+    def _encoded(self, hint: Tensor) -> Tensor:
         for index, layer in enumerate(self):
             hint = conv(F.silu(hint) if index else hint, layer)
         return hint
@@ -235,6 +257,17 @@ class SCEdit(SiteTuner):
         strides = cascade_strides(denoiser, cascade)
         sdxl = denoiser.config.get("addition_embed_type") == "text_time"  # the authors' code widens its hint block
         self.csc = nn.ModuleDict({name: Branch(config, cascade, strides, sdxl, vae_scale) for name in self.conditions})
+        self.recomputed = False
+
+    def keep_less(self) -> None:
+        """The operations keep x and W_down x, the stems the map."""
+        for module in self.modules():
+            if isinstance(module, Adapter | ConvAdapter | Stem):
+                module.lean = True
+
+    def recompute(self) -> None:
+        """All that a skip is given is computed again: x and c are kept."""
+        self.recomputed = True
 
     def site_metadata(self) -> dict[str, Any]:
         """The edited skips and their widths."""
@@ -247,13 +280,16 @@ class SCEdit(SiteTuner):
     def delta(self, site: Skip, x: Tensor, call: Call) -> Tensor | None:
         """T(x) of eq. 5 and the sum of eq. 7 over the conditions that have a hint; None where there is neither."""
         key = str(site.index)
-        total = self.sc[key](x) if key in self.sc else None
+        total = self._run(self.sc[key], x) if key in self.sc else None
         for name, levels in call.features.items():
             weight = call.alphas[name] * self.config.gains.get(name, 1.0)
             if weight != 0 and site.index in levels:
-                part = weight * self.csc[name].delta(site, x, levels[site.index])
+                part = weight * self._run(self.csc[name].delta, site, x, levels[site.index])
                 total = part if total is None else total + part
         return total
+
+    def _run(self, part: Callable[..., Tensor], *args: Any) -> Tensor:
+        return again(part, *args) if self.recomputed and torch.is_grad_enabled() else part(*args)
 
 
 def known_skips(denoiser: nn.Module) -> list[Skip]:

@@ -16,7 +16,7 @@ from sctool.core.measure import saved_bytes
 from sctool.core.sites.attaching import channel, tuned
 from sctool.core.sites.layers import layers
 from sctool.core.sites.site import Inputs
-from sctool.core.training.setup import build_model
+from sctool.core.training.model import build_model
 from sctool.core.tuners import method_config, tuner_class
 from sctool.core.tuners.encoder_copy import encoder_states, own_copy
 from sctool.core.tuners.fdn import Extractor, level_widths
@@ -281,10 +281,10 @@ def test_tied_weights_stay_tied_in_a_copy() -> None:
 def test_gradient_checkpointing_recomputes_the_copy_too(method: str) -> None:
     latents, t, text, hint = given()
     inputs, rows, outs, saved = Inputs(latents, t, {"encoder_hidden_states": text}), {"prompt_embeds": text}, [], []
-    for checkpointing in (False, True):
+    for level in ("plain", "minimum"):
         net = unet(layers_per_block=2).double()
         tuner = build(method, net)
-        model = build_model(net, tuner, checkpointing=checkpointing)
+        model = build_model(net, tuner, level=level)
         saved.append(saved_bytes(model, partial(tuner.encode, {"canny": hint}, inputs)))
         first = model(latents, t, rows, {"canny": hint}).square().mean()
         second = model(latents, t, rows, {"canny": 1 - hint}).square().mean()  # features change before the backward
