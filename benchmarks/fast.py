@@ -1,14 +1,15 @@
 """What fast sampling costs in quality: images of the same prompts, hints and seeds, drawn in several ways.
 
-Each way is SCHEDULER:STEPS, or SCHEDULER:STEPS:KEYS with the steps at which the encoder runs: numbers such as 0.1.4.9, or
-N or N^P for N steps, the k-th at the share (k/N)^P of all. "fast" is what `--fast` draws. The ways alternate from batch to batch, and the
-first is what the others are compared to. FLOPs are counted on the U-Net; time is process CPU time, decoding included.
-Images, figures and a sheet are written to --out.
+Each way is SCHEDULER:STEPS, or SCHEDULER:STEPS:KEYS with the steps at which the encoder runs: numbers such as 0.1.4.9,
+or N or N^P for N steps, the k-th at the share (k/N)^P of all. "fast" is what `--fast` draws, and
+deepcache:SCHEDULER:STEPS:INTERVAL is DeepCache (`pip install DeepCache`). The ways alternate from batch to batch, and
+the first is what the others are compared to. FLOPs are counted on the U-Net; time is process CPU time, decoding
+included. Images, figures and a sheet are written to --out.
 
-    sctool annotate CLOTHING --cond canny --size crop:mini --out work/clothing-canny
-    OMP_NUM_THREADS=1 python benchmarks/fast.py --data work/clothing-canny --out work/fast
-    OMP_NUM_THREADS=1 python benchmarks/fast.py --data work/clothing-canny --split validation --count 100 --out work/sweep \
-        ddim:50 dpm++:20 dpm++:20:10 dpm++:20:7 dpm++:20:5 dpm++:20:4 fast
+    sctool annotate CLOTHING --cond canny --size crop:mini --out work/clothing
+    OMP_NUM_THREADS=1 python benchmarks/fast.py --data work/clothing --out work/fast
+    OMP_NUM_THREADS=1 python benchmarks/fast.py --data work/clothing --split validation --count 100 --out work/sweep \
+        dpm++:20 dpm++:20:10 dpm++:20:7 dpm++:20:5 dpm++:20:4 dpm++:20:7^1.5 fast
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ class Way:
 
     name: str
     config: SampleConfig
+    interval: int = 0
+    """DeepCache's; 0 without it."""
     images: list[np.ndarray] = field(default_factory=list)
     flops: float = 0
     seconds: float = 0
@@ -60,6 +64,10 @@ class Way:
 def parse(text: str, guidance: float, batch: int) -> Way:
     """The way that the text names."""
     flags: dict[str, Any] = {"guidance": guidance, "batch": batch}
+    name, interval = text.replace(":", "-"), 0
+    if text.startswith("deepcache:"):
+        _, *parts, last = text.split(":")
+        text, interval = ":".join(parts), int(last)
     if text == "fast":
         flags = with_fast(flags)
     else:
@@ -67,7 +75,7 @@ def parse(text: str, guidance: float, batch: int) -> Way:
         flags |= {"scheduler": scheduler, "steps": int(steps)}
         if keys:
             flags["key_steps"] = spread(keys[0], int(steps))
-    return Way(text.replace(":", "-"), resolve_config(SampleConfig, flags=flags))
+    return Way(name, resolve_config(SampleConfig, flags=flags), interval)
 
 
 def spread(text: str, steps: int) -> tuple[int, ...]:
@@ -91,21 +99,45 @@ def requests(config: TrainConfig, backbone: Backbone, split: str, count: int) ->
     return drawn
 
 
+@contextmanager
+def deepcache(backbone: Backbone, way: Way) -> Iterator[None]:
+    """DeepCache's hooks on the pipeline, for the ways that are its."""
+    if not way.interval:
+        yield
+        return
+    from DeepCache.extension.deepcache import DeepCacheSDHelper  # type: ignore[import-not-found]
+
+    helper = DeepCacheSDHelper(backbone.pipe)
+    helper.set_params(cache_interval=way.interval, cache_branch_id=0)
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+
+
 def draw(backbone: Backbone, ways: Sequence[Way], batch: list[Request]) -> None:
     """One batch in every way, with time and FLOPs."""
     for way in ways:
         began = time.process_time()
-        way.images += [image for _, image in sample_images(backbone, batch, way.config)]
+        with deepcache(backbone, way):
+            way.images += [image for _, image in sample_images(backbone, batch, way.config)]
         way.seconds += time.process_time() - began
 
 
 def counted(backbone: Backbone, ways: Sequence[Way], batch: list[Request]) -> None:
     """GFLOPs for one image, without those of the autoencoder's decoder."""
     for way in ways:
-        with FlopCounterMode(display=False) as counter:
+        with deepcache(backbone, way), FlopCounterMode(display=False) as counter:
             list(sample_images(backbone, batch[:1], way.config))
         total = sum(counter.get_flop_counts().get(type(backbone.denoiser).__name__, {}).values())
         way.flops = total / 1e9
+
+
+def how(backbone: Backbone, way: Way, tuners: list[dict[str, Any]]) -> dict[str, Any]:
+    """The protocol of a way's images."""
+    more = {"deepcache": way.interval} if way.interval else {}
+    return {**sampling_protocol(backbone, way.config, tuners), **more}
 
 
 def written(folder: Path, requests: list[Request], protocol: dict[str, Any], images: list[np.ndarray]) -> Path:
@@ -180,9 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
             draw(backbone, ways, batch)
             advance(len(batch))
     used = [{"method": tuner.method, "file": given.tuner, "scale": given.scale} for tuner in tuners]
-    folders = [
-        written(given.out / way.name, wanted, sampling_protocol(backbone, way.config, used), way.images) for way in ways
-    ]
+    folders = [written(given.out / way.name, wanted, how(backbone, way, used), way.images) for way in ways]
     metrics = ("fid", "nmse") if "canny" in config.conditions else ("fid",)
     options = Options(metrics=metrics, features="mini" if given.base.startswith("mini") else "auto", quiet=True)
     results = [evaluate(folder, options, base=given.base).folders[0] for folder in folders]

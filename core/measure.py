@@ -24,7 +24,7 @@ ROUNDS = 3
 def without_storage(model: nn.Module) -> None:
     """Puts fake tensors in the place of all weights; within a `FakeTensorMode`, for exact counts of a model's work.
 
-    Fakes say that they are on the CPU: the meta device would select attention's slow path. One in two modules stays one.
+    Fakes say that they are on the CPU: the meta device would select attention's slow path. Shared weights stay shared.
     """
     fakes: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():

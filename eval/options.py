@@ -19,8 +19,8 @@ DEFAULT_SEED = 0
 class Options:
     """How to evaluate. Without `metrics` (names in `METRICS`) all that apply are computed.
 
-    None means the default; for `count`, `steps`, `guidance` and `seed` also that existing samples will do. `fast` is for
-    samples drawn as by `sctool sample --fast`; without it those drawn so will do too, unless `steps` says otherwise.
+    None means the default; for `count`, `steps`, `guidance` and `seed` also that existing samples will do. `fast` asks
+    for samples drawn as by `sctool sample --fast`.
     """
 
     metrics: tuple[str, ...] = ()

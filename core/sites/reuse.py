@@ -1,9 +1,10 @@
 """Encoder reuse for sampling: Faster Diffusion (Li et al. 2023, arXiv 2312.09608), on any U-Net with skip connections.
 
-From step to step a U-Net's encoder gives nearly the same features, its decoder does not. So the encoder and the middle
-block run at key steps alone. At the others the decoder gets the features of the last key step, and the timestep of its
-own. In such a call the encoder's modules are exchanged for stand-ins that return what was kept; the denoiser's `forward`
-is its own, and between calls so is the denoiser. Works with unmodified diffusers pipelines:
+From step to step a U-Net's encoder gives nearly the same features, its decoder does not. So the encoder's blocks and
+the middle block run at key steps alone. At the others the decoder gets the features of the last key step, with the
+timestep of its own; the first convolution, whose output is the first skip, runs at every step: reusing it too saves
+nothing and doubles the error. In such a call the blocks are exchanged for stand-ins that return what was kept; the
+denoiser's `forward` is its own, and between calls so is the denoiser. Works with unmodified diffusers pipelines:
 
     with tuned(pipe.unet, edges), reusing(pipe.unet, key_steps(20)):
         pipe("a wooden chair", num_inference_steps=20, cross_attention_kwargs=channel)

@@ -11,14 +11,12 @@ from typing import Any, cast
 import pytest
 import torch
 from diffusers import (
-    ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
-    T2IAdapter,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
@@ -241,7 +239,7 @@ def test_a_step_that_failed_leaves_nothing_to_reuse() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(DoesNotFit, match="has none.*--scheduler"), reusing(dit(), (0,)):
+    with pytest.raises(DoesNotFit, match=r"has none.*--scheduler"), reusing(dit(), (0,)):
         pass
     net = unet()
     with pytest.raises(UsageError, match="from 0"), reusing(net, (0, -1)):
@@ -346,7 +344,7 @@ def test_tasks_of_samples_are_reused_too() -> None:
     assert not torch.allclose(mixed[1], alone[1])
 
 
-# ------------------------------------------------------------------------------------- what pipelines pass in themselves
+# ---------------------------------------------------------------------------------- what pipelines pass in themselves
 
 
 @pytest.mark.parametrize("keys", [(0,), (0, 2)])
@@ -393,10 +391,11 @@ def test_a_controlnets_residuals_are_added_at_every_step() -> None:
         plain, received = seen(), []
         net(two, 800, text, **residuals(0.5))
     again = seen()
-    fresh = next(i for i, (a, b) in enumerate(zip(again, plain, strict=True)) if i == len(plain) - 2)
+    fresh = len(plain) - 2  # the first convolution's output, which the last block receives first
     for place, (a, b) in enumerate(zip(again, plain, strict=True)):
         if place != fresh:
             torch.testing.assert_close(a, b + 0.5)
+    assert not torch.allclose(again[fresh], plain[fresh] + 0.5)
 
 
 def test_an_unmodified_pipeline_with_guidance(tiny_base: Path) -> None:
