@@ -39,7 +39,7 @@ from sctool.core.backbones.architectures import KNOWN, Architecture, architectur
 from sctool.core.config import MemoryLevel
 from sctool.core.devices import torch_dtype
 from sctool.core.files import write_text
-from sctool.core.measure import saved_bytes
+from sctool.core.measure import saved_bytes, without_storage
 from sctool.core.sites.attaching import TunedBackbone
 from sctool.core.sites.parts import family_of
 from sctool.core.training.model import build_model
@@ -191,15 +191,7 @@ def counted(base: Architecture, build: Build, side: int, memory: bool = True) ->
     with torch.device("meta"):
         method = build(base.denoiser())
     with FakeTensorMode():
-        fakes: dict[nn.Parameter, nn.Parameter] = {}  # one in two modules stays one
-        for module in method.modules():  # meta weights would select attention's slow path; fake CPU weights do not
-            for name, p in module._parameters.items():
-                if p is not None:
-                    if p not in fakes:
-                        fakes[p] = nn.Parameter(torch.empty(p.shape), p.requires_grad)
-                    module._parameters[name] = fakes[p]
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        without_storage(method)
         one, two = (example(base, side, batch) for batch in (1, 2))
         saved = [saved_bytes(method, partial(method.predict, inputs)) for inputs in (one, two)] if memory else [0, 0]
         with FlopCounterMode(display=False) as counter:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..core.fast import FAST_HELP
 from ..eval.features.names import CLIP_MODEL, CLIP_TAG, FEATURES, WEIGHTS
 from ..eval.metrics import FEATURE_METRICS, METRICS, flag_list
 from ..eval.options import DEFAULT_COUNT, DEFAULT_SEED, Options
@@ -92,6 +93,7 @@ def evaluate(
         float | None, typer.Option(help="Guidance scale of images drawn now. \\[default: the run's]")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps of images drawn now. \\[default: 50]")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help=f"Of images drawn now. {FAST_HELP}")] = False,
     seed: Annotated[
         int | None, typer.Option(help=f"Seed of the first image drawn now. \\[default: {DEFAULT_SEED}]")
     ] = None,
@@ -117,6 +119,8 @@ def evaluate(
 
       sctool evaluate runs/edges --nmse --profile --json
 
+      sctool evaluate runs/edges --fast --fid             images drawn the fast way, with a protocol of their own
+
       sctool evaluate runs/multi --task edges             one task of a run that trained several
 
       sctool evaluate runs/scenes --iou --evaluator seg:model=oneformer
@@ -141,6 +145,7 @@ def evaluate(
         count=count,
         steps=steps,
         guidance=guidance,
+        fast=fast,
         seed=seed,
         task=task,
         quiet=quiet,

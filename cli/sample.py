@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import UsageError, unknown
+from ..core.fast import FAST_HELP, with_fast
 from .options import help_of
 from .prompts import read_hints, read_requests, read_rows
 
@@ -57,6 +58,10 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the first image; each further image adds 1.")] = 0,
     scheduler: Annotated[str | None, typer.Option(help=help_of("SampleConfig", "scheduler"))] = None,
     steps: Annotated[int | None, typer.Option(help=help_of("SampleConfig", "steps"))] = None,
+    fast: Annotated[bool, typer.Option("--fast", help=FAST_HELP)] = False,
+    key_steps: Annotated[
+        str | None, typer.Option(metavar="LIST", help=help_of("SampleConfig", "key_steps") + " Implied by --fast.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help=help_of("SampleConfig", "guidance"))] = None,
     negative: Annotated[str | None, typer.Option(help=help_of("SampleConfig", "negative"))] = None,
     size: Annotated[int | None, typer.Option(help=help_of("SampleConfig", "size"))] = None,
@@ -90,6 +95,8 @@ def sample(
       sctool sample --class hat --class 7 --tuner runs/hats --count 4
 
       sctool sample --prompts prompts.txt --scheduler dpm++ --steps 20 --out images
+
+      sctool sample "a chair" --tuner runs/canny --hint canny=edges.png --fast
     """
     from ..core.chosen import choose, split_scale
 
@@ -98,8 +105,9 @@ def sample(
         raise UsageError(f"--{'tuner' if tuner else 'task'} and --no-tuner exclude each other.")
     flags: dict[str, Any] = {
         "scheduler": scheduler, "steps": steps, "guidance": guidance, "negative": negative, "size": size,
-        "batch": batch, "rescale": rescale,
+        "batch": batch, "rescale": rescale, "key_steps": key_steps,
     }  # fmt: skip
+    flags = with_fast(flags) if fast else flags
     tuners = [split_scale(text) for text in tuner or []]
     if prompts or prompts_file or classes:
         rows = read_rows([*(prompts or []), *(classes or [])], prompts_file)

@@ -278,10 +278,22 @@ class SampleConfig(Config):
     guidance: float | None = Field(
         None, ge=0, description="classifier-free guidance, 1 for none; when not given 7.5, and 4 for DiT"
     )
+    key_steps: tuple[int, ...] = Field(
+        (), description="steps at which the encoder runs, from 0; the others reuse its features. All when not given"
+    )
     rescale: float = Field(0.0, ge=0, le=1, description="guidance rescale (arXiv 2305.08891)")
     negative: str = Field("", description="negative prompt")
     size: int | None = Field(None, ge=8, description="image side in pixels; the base's own when not given")
     batch: int = Field(8, ge=1, description="images per batch; changes images by rounding only")
+
+    @field_validator("key_steps")
+    @classmethod
+    def _steps_there_are(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        steps = info.data.get("steps", 0)
+        for key in value:
+            if not 0 <= key < steps:
+                raise UsageError(f"key step {key} of {steps} steps: they are counted from 0 to {steps - 1}.")
+        return tuple(sorted({0, *value})) if value else ()
 
 
 # --------------------------------------------------------------------------------------------------- annotating

@@ -25,6 +25,24 @@ ROUNDS = 3
 """Repeats that are made however long they take."""
 
 
+def without_storage(model: nn.Module) -> None:
+    """Puts fake tensors in the place of all weights; within a `FakeTensorMode`, for exact counts of a model's work.
+
+    Fakes say that they are on the CPU: the meta device would select attention's slow path. Shared weights stay shared.
+    """
+    fakes: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                if weight not in fakes:
+                    fake = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+                    fakes[weight] = nn.Parameter(fake, weight.requires_grad)
+                module._parameters[name] = fakes[weight]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
 class LiveBytes(TorchDispatchMode):
     """Context manager that counts the bytes of all storages made inside which are still alive: `now`, and its `peak`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +21,7 @@ from .errors import SctoolError, UsageError, unknown
 from .files import write_json, write_text
 from .sheets import save_png, sheet
 from .sites.attaching import channel
+from .sites.reuse import check_reuse, reusing
 from .sites.wiring import attached_tasks
 
 if TYPE_CHECKING:
@@ -57,7 +59,12 @@ def hint_tensor(hints: Sequence[np.ndarray], device: torch.device | str = "cpu")
 
 
 def settled(config: SampleConfig, backbone: Backbone) -> SampleConfig:
-    """The config with the base's own size and guidance where it gives none."""
+    """The config with the base's own size and guidance where it gives none.
+
+    Raises `DoesNotFit` for key steps of a base without an encoder.
+    """
+    if config.key_steps:
+        check_reuse(backbone.denoiser)
     guidance = backbone.family.guidance if config.guidance is None else config.guidance
     return config.model_copy(update={"size": config.size or backbone.resolution, "guidance": guidance})
 
@@ -74,6 +81,8 @@ def sample_batch(
 ) -> torch.Tensor:
     """Draws one batch with whatever tuners are attached to the backbone; uint8 (B, 3, H, W).
 
+    The encoder runs at the config's key steps, at all where it names none.
+
     `rows` has a conditioning row per image, `null` that of the negative prompt (1 row). `hints` are float
     (B, 3, H, W) in 0..1 by condition, `tasks` the task of each image; they reach the tuners through the pipeline's
     open channel, `cross_attention_kwargs`.
@@ -84,10 +93,11 @@ def sample_batch(
     base_scheduler = pipe.scheduler
     pipe.scheduler = scheduler_class(backbone, config).from_config(base_scheduler.config)
     try:
-        latents = backbone.family.sample(
-            pipe, _placed(noise, backbone), _placed(rows, backbone), _placed(null, backbone), config,
-            channel({name: hint.to(backbone.device) for name, hint in (hints or {}).items()}, tasks),
-        )  # fmt: skip
+        with reusing(backbone, config.key_steps) if config.key_steps else nullcontext():
+            latents = backbone.family.sample(
+                pipe, _placed(noise, backbone), _placed(rows, backbone), _placed(null, backbone), config,
+                channel({name: hint.to(backbone.device) for name, hint in (hints or {}).items()}, tasks),
+            )  # fmt: skip
     finally:
         pipe.scheduler = base_scheduler
     return backbone.decode(latents)
@@ -268,11 +278,13 @@ def sampling_protocol(
 ) -> dict[str, Any]:
     """What decides the images apart from prompt, seed and hints: base, tuners with their scales, sampler settings.
 
-    compose: the rule by which several tuners act together, where it was chosen.
+    compose: the rule by which several tuners act together, where it was chosen. Key steps are named where there are
+    any, so that images drawn without them have one protocol whether or not this was known when they were drawn.
     """
+    plain = set() if config.key_steps else {"key_steps"}
     return {
         "base": {"id": backbone.id, "hash": backbone.hash, "family": backbone.family.name},
         "tuners": list(tuners),
         **({"compose": compose} if compose else {}),
-        **settled(config, backbone).model_dump(mode="json"),
+        **settled(config, backbone).model_dump(mode="json", exclude=plain),
     }

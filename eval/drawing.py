@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..core.backbones.bases import family_of
 from ..core.config import SampleConfig
 from ..core.errors import UsageError
+from ..core.fast import with_fast
 from ..core.progress import Progress
 from ..core.resolving import resolve_config
 from ..core.runs import Run
@@ -20,9 +23,10 @@ def with_samples(target: Target, options: Options, progress: Progress) -> Target
     """
     run = target.run
     if run is None:
-        if any(value is not None for value in (options.count, options.steps, options.guidance, options.seed)):
+        given = any(value is not None for value in (options.count, options.steps, options.guidance, options.seed))
+        if given or options.fast:
             raise UsageError(
-                "--count, --steps, --guidance and --seed apply when the samples of a run are drawn; "
+                "--count, --steps, --guidance, --fast and --seed apply when the samples of a run are drawn; "
                 f"{target.path} is not a run."
             )
         return target
@@ -56,9 +60,9 @@ def why_draw(target: Target, options: Options) -> str | None:
     if options.seed is not None and any(folder.rows[0].get("seed") != options.seed for folder in folders):
         return f"the samples were drawn with seeds that do not start at {options.seed}"
     requested = _requested_sampling(run, options)
-    for name in ("steps", "guidance") if requested else ():
-        if any(folder.sampling.get(name) != getattr(requested, name) for folder in folders):
-            return f"the samples were not drawn with {name} {getattr(requested, name)}"
+    for name, value in _decisive(requested, options).items() if requested else ():
+        if any(folder.sampling.get(name, []) != value for folder in folders):
+            return f"the samples were not drawn with {name} {value}"
     return None
 
 
@@ -69,9 +73,17 @@ def smallest(target: Target) -> int:
 
 def _requested_sampling(run: Run, options: Options) -> SampleConfig | None:
     """How the options say that the run's samples are drawn; None where they do not say."""
-    if options.steps is None and options.guidance is None:
+    if options.steps is None and options.guidance is None and not options.fast:
         return None
     guidance = run.config.guidance if options.guidance is None else options.guidance
     if guidance is None:
         guidance = family_of(run.config.base, options.offline).guidance
-    return resolve_config(SampleConfig, flags={"steps": options.steps, "guidance": guidance})
+    flags = {"steps": options.steps, "guidance": guidance}
+    return resolve_config(SampleConfig, flags=with_fast(flags) if options.fast else flags)
+
+
+def _decisive(requested: SampleConfig, options: Options) -> dict[str, Any]:
+    """The settings that samples must have been drawn with, as sampling.json has them."""
+    values = requested.model_dump(mode="json")
+    names = ("steps", "guidance", "key_steps", *(["scheduler"] if options.fast else []))
+    return {name: values[name] for name in names}

@@ -122,7 +122,7 @@ def heldout_requests(
         if len(requests) == count:
             break
         try:
-            reference, hints, maps = _reference_and_hints(record, config.conditions, size)
+            reference, hints, maps = reference_and_hints(record, config.conditions, size)
         except BadImage:
             continue
         position = seed + len(requests)
@@ -136,7 +136,7 @@ def heldout_requests(
     return requests
 
 
-def _reference_and_hints(record: Record, conditions: Sequence[str], size: int) -> tuple[np.ndarray, Images, Images]:
+def reference_and_hints(record: Record, conditions: Sequence[str], size: int) -> tuple[np.ndarray, Images, Images]:
     """The image (size, size, 3), its hints, and the class maps behind hints whose colours do not tell all classes."""
     geometry, image = Geometry(size), decode_rgb(record.image, record.image.name)
     reference = geometry.apply(image)

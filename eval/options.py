@@ -19,7 +19,8 @@ DEFAULT_SEED = 0
 class Options:
     """How to evaluate. Without `metrics` (names in `METRICS`) all that apply are computed.
 
-    None means the default; for `count`, `steps`, `guidance` and `seed` also that existing samples will do.
+    None means the default; for `count`, `steps`, `guidance` and `seed` also that existing samples will do. `fast` asks
+    for samples drawn as by `sctool sample --fast`.
     """
 
     metrics: tuple[str, ...] = ()
@@ -36,6 +37,7 @@ class Options:
     count: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    fast: bool = False
     seed: int | None = None
     task: str | None = None
     """Which task of a run of several is evaluated."""

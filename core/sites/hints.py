@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import UsageError
 from .routing import EVERY, Samples
@@ -14,6 +16,40 @@ from .routing import EVERY, Samples
 def tensor_version(tensor: Tensor) -> tuple[int, int]:
     """Changes when another tensor comes or this one is written to; inference tensors keep no version."""
     return id(tensor), -1 if tensor.is_inference() else tensor._version
+
+
+def identity(hint: Tensor) -> tuple[Any, ...]:
+    """Equal for the same part of the same memory as long as nothing is written to it, whichever tensor shows it.
+
+    A batch that is drawn in chunks gives new views of one hint at every step, and they are equal here.
+    """
+    place = hint.untyped_storage()._cdata, hint.storage_offset(), tuple(hint.shape), tuple(hint.stride())
+    return *place, hint.dtype, tensor_version(hint)[1]
+
+
+class Encodings:
+    """Features of hints, encoded once however the denoiser's calls divide the batch.
+
+    They are kept as long as the hint's memory and the tuners' weights are the same. Changes made in place through
+    `.data`, or to a hint made in inference mode, are not noticed: pass a new tensor.
+    """
+
+    def __init__(self) -> None:
+        self._weights: Any = None
+        self._known: dict[Any, tuple[list[StorageWeakRef], Any]] = {}
+
+    def features(self, hints: Mapping[str, Tensor], kind: Any, weights: Any, encode: Callable[[], Any]) -> Any:
+        """Those of the hints, by `encode` where they are not known for this `kind` and these `weights`."""
+        if weights != self._weights:
+            self._known.clear()
+        self._weights = weights
+        key = (kind, tuple((name, identity(hint)) for name, hint in hints.items()))
+        if key not in self._known:
+            # While a weak reference is held, the address of a hint's memory is not given to another one.
+            self._known = {k: v for k, v in self._known.items() if not any(ref.expired() for ref in v[0])}
+            memory = [StorageWeakRef(hint.untyped_storage()) for hint in hints.values()]
+            self._known[key] = memory, encode()
+        return self._known[key][1]
 
 
 def checked(name: str, hint: Tensor, latents: Tensor, vae_scale: int, samples: Samples = EVERY) -> Tensor:

@@ -36,6 +36,11 @@ class Skip:
     def __str__(self) -> str:
         return f"skip {self.index} ({self.channels})"
 
+    @property
+    def reused(self) -> bool:
+        """Whether its edited value is reused with the encoder's features; the first convolution runs at every step."""
+        return self.index > 0
+
     @staticmethod
     def hook(denoiser: nn.Module, edits: Sequence[SiteEdit]) -> list[RemovableHandle]:
         """One pre-hook for each up block that receives any of the skips. Raises `SctoolError` for one not there."""

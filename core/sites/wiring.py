@@ -27,12 +27,14 @@ from torch import Tensor, nn
 
 from ..errors import SctoolError, UsageError, unknown
 from .composing import DEFAULT, RULES, Part, normalize
-from .hints import check_batch, checked, repeated, tensor_version
+from .hints import Encodings, check_batch, checked, repeated, tensor_version
 from .routing import EVERY, Samples, check_tasks, samples_of
 from .site import Acting, Call, Features, Inputs, Site
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+
+    from .kept import Kept
 
 LATENTS = ("sample", "hidden_states")
 """What denoisers call their first argument."""
@@ -84,6 +86,12 @@ class Edit:
 
     def edited(self, x: Tensor, given: Tensor | None = None, module: nn.Module | None = None) -> Tensor:
         """x plus what the wiring's rule makes of all deltas of the unedited x; x itself where none adds anything."""
+        kept = self.acting[0].wiring.kept if self.acting else None
+        if kept is None or not getattr(self.site, "reused", False):
+            return self._edited(x, given, module)
+        return kept.edited(self.site, lambda: self._edited(x, given, module))
+
+    def _edited(self, x: Tensor, given: Tensor | None, module: nn.Module | None) -> Tensor:
         active = self.active()
         out = self._by_the_only_one(x, active, given, module)
         if out is not None:
@@ -126,7 +134,8 @@ class Wiring:
         self.edits: dict[Site, Edit] = {}
         self.compose = DEFAULT
         self.encodings = 0
-        self._cached: tuple[Any, Any, list[Features]] | None = None
+        self.kept: Kept | None = None  # what the call under way leaves or finds, where encoders are reused
+        self._cached = Encodings()
         self._handles: list[RemovableHandle] = [denoiser.register_forward_pre_hook(self.begin, with_kwargs=True)]
 
     @classmethod
@@ -171,14 +180,14 @@ class Wiring:
         self.edits.update(fresh)
         for site in attached.tuner.sites:
             self.edits[site].acting.append(attached)
-        self._cached = None
+        self._cached = Encodings()
 
     def remove(self, attached: Attached) -> None:
         """Takes a tuner off; without tuners the hooks go too, and the denoiser is as it was."""
         self.attached.remove(attached)
         for edit in self.edits.values():
             edit.acting = [one for one in edit.acting if one is not attached]
-        self._cached = None
+        self._cached = Encodings()
         if not self.attached:
             self.edits.clear()
             while self._handles:
@@ -186,16 +195,24 @@ class Wiring:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one call."""
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cached": Encodings(), "kept": None}
 
     # ------------------------------------------------------------------------------------- the denoiser's calls
 
     def begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Pre-hook of the denoiser: takes `hint` and `task` out of its open channel and prepares this call."""
+        channel = kwargs.get(self.channel) or {}
+        if self.kept is None or not self.kept.prepare(self.attached):
+            self._prepare(channel, dict(zip(self.denoiser_arguments, args, strict=False)) | kwargs)
+        if not channel.keys() & set(OURS):
+            return None
+        rest = {name: value for name, value in channel.items() if name not in OURS}
+        return args, {**kwargs, self.channel: rest or None}
+
+    def _prepare(self, channel: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+        """Gives every tuner what it knows of a call with these arguments of the denoiser."""
         for one in self.attached:
             one.call, one.samples = Call(), EVERY
-        arguments = dict(zip(self.denoiser_arguments, args, strict=False)) | kwargs
-        channel = kwargs.get(self.channel) or {}
         tasks = self._route(channel["task"], _latents(arguments)) if channel.get("task") is not None else ()
         hints = self._named(channel["hint"]) if "hint" in channel else {}
         if hints or any(one.tuner.reads_inputs for one in self.attached):
@@ -204,10 +221,6 @@ class Wiring:
             alphas = self._alphas(features, bool(tasks))
             for one, own, weights in zip(self.attached, features, alphas, strict=True):
                 one.call = Call(repeated(own, _count(one.samples, inputs.latents)), weights)
-        if not channel.keys() & set(OURS):
-            return None
-        rest = {name: value for name, value in channel.items() if name not in OURS}
-        return args, {**kwargs, self.channel: rest or None}
 
     def _route(self, tasks: Any, latents: Tensor) -> tuple[str | None, ...]:
         """Gives every tuner with a task its samples; returns the checked names."""
@@ -269,7 +282,8 @@ class Wiring:
 
     def _encode_now(self, hints: dict[str, Tensor], latents: Tensor) -> list[Features]:
         if not torch.compiler.is_compiling():
-            self._cached = None  # weights are about to change
+            if torch.is_grad_enabled():
+                self._cached = Encodings()  # weights are about to change
             self.encodings += 1
         features: list[Features] = []
         for one in self.attached:
@@ -280,20 +294,13 @@ class Wiring:
 
     @torch.compiler.disable
     def _encode_once(self, hints: dict[str, Tensor], latents: Tensor, tasks: tuple[str | None, ...]) -> list[Features]:
-        """The same, reused while the very same hint tensors and tasks come and no weight has changed.
-
-        Changes made in place through `.data`, or to a hint made in inference mode, are not noticed: pass a new tensor.
-        """
+        """The same, reused while the same part of the same hint tensors and the same tasks come, see `Encodings`."""
         weights = [tensor_version(weight) for one in self.attached for weight in one.tuner.parameters()]
         kind = (latents.shape[-2:], latents.dtype, latents.device, torch.is_autocast_enabled(latents.device.type))
-        key = (kind, tasks, [(name, *tensor_version(hint)) for name, hint in hints.items()], weights)
-        if self._cached is None or self._cached[0] != key:
-            features = self._encode_now(hints, latents)
-            self._cached = (key, hints, features)  # holding the hints keeps their ids from being given to others
-        else:
-            for name, hint in hints.items():
-                check_batch(name, hint, latents)
-        return self._cached[2]
+        features = self._cached.features(hints, (kind, tasks), weights, lambda: self._encode_now(hints, latents))
+        for name, hint in hints.items():
+            check_batch(name, hint, latents)
+        return features
 
     @staticmethod
     def _fitting(one: Attached, hints: Mapping[str, Tensor], latents: Tensor) -> dict[str, Tensor]:

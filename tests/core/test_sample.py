@@ -18,6 +18,8 @@ from sctool.core.checkpoint import save_tuner
 from sctool.core.chosen import split_scale
 from sctool.core.config import SampleConfig
 from sctool.core.errors import SctoolError, UsageError
+from sctool.core.fast import KEYS, key_steps, with_fast
+from sctool.core.resolving import resolve_config
 from sctool.core.sampling import (
     Request,
     batched,
@@ -314,3 +316,72 @@ def test_a_run_is_named_as_a_tuner(backbone: Backbone, tuners: dict[str, Path], 
     (tmp_path / "runs" / "edges" / "tuner").symlink_to(tuners["canny"].parent)
     monkeypatch.chdir(tmp_path)
     assert run(["sample", "a", "--tuner", "edges:0.5", "--steps", "1", "--quiet", "--out", "o"]) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ fast
+
+
+def protocol_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "sampling.json").read_text())
+
+
+def test_fast_images_say_how_they_were_drawn(tuners: dict[str, Path], tmp_path: Path) -> None:
+    words = ["sample", "a cat", "--tuner", str(tuners["canny"]), f"--hint=canny={map_file(tmp_path, 0)}", "--quiet"]
+    drawn = {}
+    for name, more in {
+        "plain": ["--steps", "10", "--scheduler", "dpm++"],
+        "fast": ["--fast", "--steps", "10"],
+        "all": ["--fast", "--steps", "10", "--key-steps", ",".join(map(str, range(10)))],
+        "own": ["--steps", "10", "--scheduler", "dpm++", "--key-steps", "5,2"],
+    }.items():
+        assert run([*words, *more, "--out", str(tmp_path / name)]) == 0
+        drawn[name] = picture(tmp_path / name / "000000.png")
+    assert "key_steps" not in protocol_of(tmp_path / "plain"), "the protocol of images drawn before there were any"
+    assert protocol_of(tmp_path / "fast")["key_steps"] == list(key_steps(10))
+    assert protocol_of(tmp_path / "fast")["scheduler"] == "dpm++"
+    assert json.loads(Image.open(tmp_path / "own" / "000000.png").info["sctool"])["key_steps"] == [0, 2, 5]
+    assert np.array_equal(drawn["all"], drawn["plain"])
+    assert not np.array_equal(drawn["fast"], drawn["plain"])
+
+
+def test_what_fast_stands_for() -> None:
+    assert with_fast({}) == {"scheduler": "dpm++", "steps": 20, "key_steps": KEYS}
+    given = {"scheduler": "ddim", "steps": 50, "key_steps": "0,9", "guidance": None}
+    assert with_fast(given) == given
+    for steps in (1, 2, 5, 20, 50, 1000):
+        keys = key_steps(steps)
+        assert keys == resolve_config(SampleConfig, flags=with_fast({"steps": steps})).key_steps
+        assert keys[0] == 0
+        assert len(keys) <= len(KEYS)
+
+
+@pytest.mark.parametrize("keys", ["20", "-1", "a"])
+def test_key_steps_that_are_not_there(keys: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sample", "a", "--no-tuner", "--fast", f"--key-steps={keys}"]) == 2
+    assert "key" in capsys.readouterr().err
+
+
+def test_a_base_without_an_encoder_is_refused_before_anything_is_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", "--class", "0", "--no-tuner", "--base", "mini-dit", "--steps", "1", "--quiet"]
+    assert run([*words, "--out", str(tmp_path / "o")]) == 0
+    assert run([*words, "--out", str(tmp_path / "o"), "--fast"]) == 2
+    assert "reuses a U-Net's encoder" in capsys.readouterr().err
+    assert (tmp_path / "o" / "000000.png").is_file()
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "unipc"])
+def test_reuse_with_every_scheduler(backbone: Backbone, scheduler: Any) -> None:
+    requests = [Request("a cat", seed) for seed in range(2)]
+    config = SampleConfig(steps=6, scheduler=scheduler)
+    plain = [image for _, image in sample_images(backbone, requests, config)]
+    every = config.model_copy(update={"key_steps": tuple(range(6))})
+    assert all(np.array_equal(a, b) for a, (_, b) in zip(plain, sample_images(backbone, requests, every), strict=True))
+    some = config.model_copy(update={"key_steps": (0, 2), "batch": 1})
+    together = config.model_copy(update={"key_steps": (0, 2)})
+    for (_, a), (_, b) in zip(
+        sample_images(backbone, requests, some), sample_images(backbone, requests, together), strict=True
+    ):
+        assert np.abs(a.astype(int) - b.astype(int)).max() <= 2
+    assert not backbone.denoiser._forward_hooks

@@ -14,6 +14,7 @@ from sctool.annotators import ANNOTATORS
 from sctool.annotators.base import Annotator
 from sctool.core.config import TrainConfig
 from sctool.core.errors import SctoolError, UsageError
+from sctool.core.fast import key_steps
 from sctool.core.resolving import Config
 from sctool.core.runs import Run, open_run
 from sctool.eval import evaluate as module
@@ -303,6 +304,26 @@ def test_a_run_is_sampled_first_and_only_once(run: Run) -> None:
         (Options(steps=1, guidance=3), "not drawn with guidance 3"),
     ):
         assert reason in (why_draw(target, other) or "")
+
+
+def test_fast_samples_have_a_protocol_of_their_own(run: Run) -> None:
+    """Drawn again where they were drawn otherwise, and not comparable with those."""
+    plain = evaluate(run.path, Options(metrics=("nmse",), count=2, steps=4, guidance=1.5, quiet=True))
+    options = Options(metrics=("nmse",), count=2, steps=4, guidance=1.5, fast=True, quiet=True)
+    assert "not drawn with key_steps [0" in (why_draw(find_target(run.path), options) or "")
+    drawn = evaluate(run.path, options)
+    [first, again] = [results.folders[0].get("canny.nmse") for results in (plain, drawn)]
+    assert first
+    assert again
+    assert again.protocol["sampling"]["key_steps"] == list(key_steps(4))
+    assert "key_steps" not in first.protocol["sampling"]
+    assert first.protocol_id != again.protocol_id
+    target = find_target(run.path)
+    assert why_draw(target, options) is None
+    assert "not drawn with key_steps []" in (why_draw(target, Options(steps=4, guidance=1.5)) or "")
+    assert "not drawn with steps 20" in (why_draw(target, Options(fast=True, guidance=1.5)) or "")
+    with pytest.raises(UsageError, match="--fast"):
+        evaluate(run.samples / "base", options)
 
 
 def test_profile_counts_and_takes_turns(run: Run, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

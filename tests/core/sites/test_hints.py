@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from sctool.core.errors import UsageError
-from sctool.core.sites.hints import checked, repeated, tensor_version
+from sctool.core.sites.attaching import channel, tuned
+from sctool.core.sites.hints import Encodings, checked, repeated, tensor_version
+from sctool.core.tuners import method_config, tuner_class
+
+from ..tiny import unet
 
 LATENTS = torch.zeros(4, 4, 2, 3, dtype=torch.float64)
 
@@ -55,3 +60,62 @@ def test_a_tensor_that_is_written_to_counts_as_another_one() -> None:
     with torch.inference_mode():
         frozen = torch.zeros(2)
     assert tensor_version(frozen) == tensor_version(frozen)
+
+
+class TestEncodings:
+    """Features are made once, whichever tensor shows a part of a hint."""
+
+    def test_each_part_of_a_hint_is_encoded_once(self) -> None:
+        encodings, made = Encodings(), []
+        hint = torch.rand(4, 3, 8, 8)
+
+        def features(part: torch.Tensor, kind: str = "fp32", weights: int = 0) -> int:
+            return encodings.features({"canny": part}, kind, weights, lambda: made.append(1) or len(made))
+
+        for _ in range(3):  # steps; every slice is another tensor
+            assert [features(part) for part in hint.chunk(2)] == [1, 2]
+            assert features(hint[:2].detach()) == 1
+        assert features(hint) == 3
+        assert features(hint.contiguous().view(4, 3, 64, 1).view(4, 3, 8, 8)) == 3
+        assert features(hint.clone()) == 4
+        assert features(hint, kind="bf16") == 5
+        assert features(hint.flip(0)) == 6
+        assert features(hint.transpose(2, 3)) == 7
+        hint[0] += 1
+        assert features(hint) == 8
+        assert features(hint, weights=1) == 9
+
+    def test_features_do_not_outlive_the_hint_by_more_than_a_batch(self) -> None:
+        encodings = Encodings()
+        for _ in range(5):
+            hint = torch.rand(2, 3, 8, 8)
+            for part in hint.chunk(2):
+                encodings.features({"canny": part}, "fp32", 0, object)
+            assert len(encodings._known) == 2
+
+    def test_new_numbers_at_the_old_place_are_noticed(self) -> None:
+        """A frame buffer that is written to by others: each `from_numpy` has a memory of its own, at one address."""
+        encodings, frame = Encodings(), np.zeros((1, 3, 8, 8), np.float32)
+        results = []
+        for number in range(3):
+            frame[:] = number
+            results.append(encodings.features({"canny": torch.from_numpy(frame)}, "fp32", 0, frame.copy)[0, 0, 0, 0])
+        assert results == [0, 1, 2]
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_the_hint_net_runs_once_per_image_however_a_batch_is_divided(split: int) -> None:
+    """Guidance in two calls, a batch in chunks: each part's features are made at the first step alone."""
+    net = unet()
+    tuner = tuner_class("scedit").build(method_config("scedit", {}), net, ("canny",)).eval()
+    seen: list[int] = []
+    encode = tuner.encode
+    tuner.encode = lambda hints, inputs=None: (seen.append(len(hints["canny"])), encode(hints, inputs))[1]
+    latents, text, hint = torch.randn(4, 4, 8, 8), torch.randn(4, 5, 8), torch.rand(4, 3, 64, 64)
+    with torch.no_grad(), tuned(net, tuner):
+        for t in (900, 600, 300):
+            for _ in range(2):  # the unconditional and the conditional call
+                for x, rows, part in zip(latents.chunk(split), text.chunk(split), hint.chunk(split), strict=True):
+                    net(x, t, rows, cross_attention_kwargs=channel({"canny": part}))
+    assert sum(seen) == 4
+    assert len(seen) == split
