@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...core.backbones.loading import Backbone
 from ...core.data.records import Fault
+from ...core.data.streaming.layout import FIXED, PER_CONDITION
 from ...core.devices import torch_dtype
 from ..engine.run import expected_images
 from .images import add_missing_maps, load, map_files
@@ -14,10 +15,10 @@ from .job import PrepareJob
 
 TRIED = 8
 """Images whose maps are made to see how large they are."""
-ROW = 1536
-"""Bytes of a row besides its latents, text and maps: JSON, the tar's headers and padding, the index."""
-MAP_ROW = 768
-"""The same for each map."""
+JSON = 320
+"""Bytes of a row's key, caption and origin, about."""
+SHARD = 16 << 10
+"""Bytes of a shard besides its rows, about: the tar's end and the index's header."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class DiskPlan:
     per_image: int
     captions: int
     per_caption: int
+    shards: int
 
     @property
     def bytes(self) -> int:
         """All that will be written."""
-        return self.images * self.per_image + self.captions * self.per_caption
+        return self.images * self.per_image + self.captions * self.per_caption + self.shards * SHARD
 
     def to_json(self) -> dict[str, int]:
         """For `--json`."""
@@ -47,7 +49,7 @@ def plan_disk(jobs: Sequence[PrepareJob], backbone: Backbone) -> DiskPlan:
     """
     todo = [job for job in jobs if job.valid_marker() is None]
     if not todo:
-        return DiskPlan(0, 0, 0, 0)
+        return DiskPlan(0, 0, 0, 0, 0)
     recipe = todo[0].recipe
     records = todo[0].as_source([record for record, _ in todo[0].list_records()[0]]).records
     rows = sum(2 if recipe.flip and r.split not in ("validation", "test") else 1 for r in records)
@@ -55,11 +57,17 @@ def plan_disk(jobs: Sequence[PrepareJob], backbone: Backbone) -> DiskPlan:
     width = torch_dtype(recipe.dtype).itemsize
     side = recipe.size // backbone.vae_scale
     latents = 2 * backbone.latent_channels * side * side * width
-    maps = _map_bytes(todo[0], records)
-    per_image = round(copies * (latents + ROW + maps))
+    index = 8 * (FIXED + PER_CONDITION * len(recipe.conds))
+    row = _in_tar(latents + 128) + _in_tar(JSON) + index + _map_bytes(todo[0], records)
+    per_image = round(copies * row)
     images = expected_images(todo)
     distinct = len({recipe.prompt(record) for record in records}) / max(1, len(records))
-    return DiskPlan(images, per_image, round(images * distinct), _caption_bytes(backbone, width))
+    return DiskPlan(images, per_image, round(images * distinct), _caption_bytes(backbone, width), len(todo))
+
+
+def _in_tar(size: float) -> int:
+    """Bytes of a file in a tar: a header, and whole blocks of 512."""
+    return 512 + -(-round(size) // 512) * 512
 
 
 def _caption_bytes(backbone: Backbone, width: int) -> int:
@@ -79,5 +87,5 @@ def _map_bytes(job: PrepareJob, records: Sequence) -> float:
     loaded = [load(record, job.recipe.size, names) for record in records[:TRIED]]
     images = [item for item in loaded if not isinstance(item, Fault)]
     add_missing_maps(images, job.annotators)
-    sizes = [sum(len(data) + MAP_ROW for files in map_files(item, False) for data in files.values()) for item in images]
+    sizes = [sum(_in_tar(len(data)) for files in map_files(item, False) for data in files.values()) for item in images]
     return sum(sizes) / max(1, len(sizes))

@@ -60,7 +60,7 @@ def prepare_set(
     if dry_run:
         jobs = list_jobs(template, source, shards, config.limit)
         plan = plan_disk(jobs, backbone)
-        return {"out": str(out), "shards": len(jobs), **plan.to_json()}
+        return {"out": str(out), **plan.to_json()}
     with locked_output(out, shared=part is not None):
         settings = settle(out, settings_of(config, recipe, specs, annotators, source, backbone))
         jobs = list_jobs(replace(template, settings=settings), source, shards, config.limit)
