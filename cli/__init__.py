@@ -19,6 +19,7 @@ from .exchange import export, import_
 from .merge import merge
 from .methods import methods
 from .options import Command
+from .prepare import prepare
 from .sample import sample
 from .train import train
 from .weights import app as weights
@@ -32,8 +33,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (annotate, train, distill, merge, import_, export, sample, evaluate, compare, methods):
-    name, needs_words = command.__name__.removesuffix("_"), command in (annotate, merge, import_, export)
+for command in (annotate, prepare, train, distill, merge, import_, export, sample, evaluate, compare, methods):
+    name, needs_words = command.__name__.removesuffix("_"), command in (annotate, prepare, merge, import_, export)
     app.command(name, cls=Command, no_args_is_help=needs_words)(command)
 app.add_typer(bench, name="bench")
 app.add_typer(weights, name="weights")

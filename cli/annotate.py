@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from ..core.data.conditions import condition_names
+from .bars import images_bar
 from .options import help_of
 
 CONDITIONS = (
@@ -69,7 +68,7 @@ def annotate(
         "strict": strict,
     }  # fmt: skip
     config = resolve_config(AnnotateConfig, flags=flags)
-    with _bar(quiet) as progress:
+    with images_bar(quiet, "annotat") as progress:
         summary = run(config, paths=sys.stdin if src == "-" else None, progress=progress)
     if as_json:
         print(json.dumps(summary))
@@ -91,36 +90,3 @@ def in_pixels(size: str | None) -> str | None:
     from ..core.backbones.bases import resolution
 
     return f"crop:{resolution(name)}"
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr with images/s and time left; a plain line every 15 s if stderr is not a terminal."""
-    import time
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, quiet=quiet, highlight=False)
-    began, first, last, shown = time.monotonic(), -1, time.monotonic(), -1
-
-    def rate(done: int) -> float:
-        nonlocal first
-        first = done if first < 0 else first
-        return (done - first) / max(time.monotonic() - began, 1e-9)
-
-    def plain(done: int, total: int) -> None:
-        nonlocal last, shown
-        speed = rate(done)
-        if shown != done and (time.monotonic() - last >= 15 or done == total):
-            last, shown = time.monotonic(), done
-            left = f"{(total - done) / speed:.0f} s left" if speed else ""
-            console.print(f"annotated {done}/{total}  {speed:.0f} images/s  {left}", style="dim")
-
-    if not console.is_terminal:
-        yield plain
-        return
-    columns = (TextColumn("annotating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("annotating", total=None, speed="")
-        yield lambda done, total: bar.update(task, completed=done, total=total, speed=f"{rate(done):.0f} images/s")

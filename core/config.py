@@ -296,7 +296,7 @@ class SampleConfig(Config):
         return tuple(sorted({0, *value})) if value else ()
 
 
-# --------------------------------------------------------------------------------------------------- annotating
+# -------------------------------------------------------------------------------------- annotating and preparing
 
 
 class AnnotateConfig(Config):
@@ -319,3 +319,37 @@ class AnnotateConfig(Config):
     @classmethod
     def _one_condition_each(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(str, parse_conditions(value)))
+
+
+class PrepareConfig(Config):
+    """Everything that decides what `sctool prepare` writes, and how it goes about it."""
+
+    src: str = Field(description="'photos', an image folder, shards, or prompt.json")
+    base: str = Field("mini", description="'mini', a diffusers-format folder, or a hub id; its encoders are used")
+    cond: tuple[str, ...] = Field((), description="conditions; maps that the data lack are made, e.g. canny:low=50")
+    out: str | None = Field(None, description="folder to write; prepared/NAME when not given")
+    maps: str | None = Field(None, description="folder of condition maps that are not in the data set")
+    size: int | None = Field(None, ge=8, description="training resolution in pixels; the base's own when not given")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of stored latents and text rows")
+    flip: bool = Field(False, description="also prepare mirrored images")
+    trigger: str = Field("", description="word placed before every caption, e.g. <sce> for few-shot styles")
+    caption: str = Field(
+        "a photo of a {label}", description="template of the caption for images that have a class label but no caption"
+    )
+    seed: int = Field(0, description="seed of masks and random thresholds, together with each image's key")
+    batch: int = Field(16, ge=1, description="images per pass of the autoencoder; changes latents by rounding only")
+    limit: int | None = Field(None, ge=1, description="only the first N images")
+    jobs: int | None = Field(None, ge=1, description="worker processes; all cores, or two a GPU, when not given")
+    ray: str | None = Field(None, description="run on a Ray cluster: its address, auto, or local")
+    shards: str | None = Field(None, description="K/N: the K-th of N array jobs that write one set together")
+    strict: bool = Field(False, description="fail at the end if any image could not be read")
+
+    @field_validator("cond")
+    @classmethod
+    def _one_condition_each(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(str, parse_conditions(value)))
+
+    @field_validator("caption")
+    @classmethod
+    def _label_alone(cls, value: str) -> str:
+        return check_template(value)

@@ -99,6 +99,24 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))
 
 
+def require_space(folder: str | Path, needed: int, what: str, remedy: str) -> None:
+    """Raises `SctoolError` if the disk of `folder`, which may not exist yet, has less than `needed` bytes free."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise SctoolError(f"{what} needs {human(needed)} in {folder}, and {human(free)} are free there. {remedy}")
+
+
+def human(size: float) -> str:
+    """A number of bytes for people: 123.4 MB, 1.53 TB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size / 1e6:.1f} MB"
+
+
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yields a temporary sibling folder of `path`; on success it replaces `path`."""

@@ -55,6 +55,11 @@ class Job:
         """The marker file: beside a shard, like img2dataset's stats; in the hidden folder for images of a folder."""
         return self.out / f"{self.name}_stats.json" if self.is_shard else self.out / STATE_FOLDER / f"{self.name}.json"
 
+    @property
+    def marker_pattern(self) -> str:
+        """Matches the markers of all jobs like this one, below the written set."""
+        return "**/*_stats.json" if self.is_shard else f"{STATE_FOLDER}/part-*.json"
+
     def fingerprint(self) -> str:
         """Hash of what the job reads.
 
@@ -65,7 +70,7 @@ class Job:
             files = [self.tar, *(tar for _, tar in self.sidecars)]
             digest.update(json.dumps([self.limit, *(file_stamp(file) for file in files)]).encode())
         for record, path in zip(self.records, self.image_paths, strict=True):
-            row = [record.key, path, record.text, record.label, record.split, record.meta, _stamp(record.image)]
+            row = [record.key, path, record.text, record.label, record.split, record.meta, blob_stamp(record.image)]
             digest.update(json.dumps([*row, sorted(record.maps)], sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
@@ -120,7 +125,7 @@ def image_suffix(record: Record) -> str:
     return suffix if suffix in PICTURES else ".png"
 
 
-def _stamp(blob: Blob) -> str:
+def blob_stamp(blob: Blob) -> str:
     """Changes whenever the blob's bytes may have changed."""
     try:
         return blob.stamp() or hashlib.sha256(blob.read()).hexdigest()

@@ -49,11 +49,11 @@ def _source_of_paths(name: str, paths: list[Path]) -> Source:
     return Source(name=name, kind="textfolder", records=records, faults=faults, root=root)
 
 
-def folder_jobs(template: Job, source: Source, limit: int | None) -> list[Job]:
-    """One job per `CHUNK` images; `template` has the settings that all jobs share."""
+def folder_jobs(template: Job, source: Source, limit: int | None, chunk: int | None = None) -> list[Job]:
+    """One job per `chunk` images; `template` has the settings that all jobs share."""
     records = source.records[:limit]
     paths = _image_paths(source, records)
-    step = NETWORK_CHUNK if any(annotator.needs_weights for annotator in template.annotators) else CHUNK
+    step = chunk or (NETWORK_CHUNK if any(annotator.needs_weights for annotator in template.annotators) else CHUNK)
     return [
         replace(
             template,

@@ -64,11 +64,11 @@ def ensure_maps(
     from ...core.data.cache import cache_folder  # imports torch, which workers that unpickle a job do not need
 
     specs = parse_conditions(conds)
-    source = _name_single_map(source, specs)
+    source = name_single_map(source, specs)
     noted = recorded(source.records, [spec.name for spec in specs])
     for spec in specs:
         if spec.settings:
-            _check_settings(source, spec, maps)
+            check_settings(source, spec, maps)
     missing = [spec for spec in specs if any(spec.name not in record.maps for record in source.records)]
     if not missing:
         return source, noted
@@ -114,7 +114,7 @@ def _notes(record: Record) -> dict[str, Any]:
     return (json.loads(noted) if isinstance(noted, str) else noted) or {}
 
 
-def _name_single_map(source: Source, specs: Sequence[ConditionSpec]) -> Source:
+def name_single_map(source: Source, specs: Sequence[ConditionSpec]) -> Source:
     """If one condition is asked for, gives a map without a name (of a ControlNet `prompt.json`) its name."""
     if len(specs) != 1:
         return source
@@ -126,7 +126,7 @@ def _name_single_map(source: Source, specs: Sequence[ConditionSpec]) -> Source:
     return replace(source, records=records)
 
 
-def _check_settings(source: Source, spec: ConditionSpec, maps: str | None) -> None:
+def check_settings(source: Source, spec: ConditionSpec, maps: str | None) -> None:
     """Raises `UsageError` if the set has maps of the condition that are not known to be made with exactly its settings.
 
     What `annotate` noted with the images decides. The settings file of an annotated set adds what is not noted there,

@@ -7,14 +7,14 @@ import hashlib
 import itertools
 import json
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import cv2
 
-from ...core.config import AnnotateConfig
+from ...core.config import AnnotateConfig, PrepareConfig
 from ...core.data.records import Fault, Source
 from ...core.errors import SctoolError, UsageError
 from ...core.files import replacing, write_json
@@ -25,9 +25,9 @@ from .writers import split_folder
 SETTINGS_FILE = f"{STATE_FOLDER}/settings.json"
 
 
-def output_folder(config: AnnotateConfig, source: Source) -> Path:
+def output_folder(config: AnnotateConfig | PrepareConfig, source: Source, parent: str = "annotated") -> Path:
     """The folder to write to. Raises `UsageError` if writing to it would change the source."""
-    out = Path(config.out) if config.out else Path("annotated") / (source.name or Path(config.src).resolve().name)
+    out = Path(config.out) if config.out else Path(parent) / (source.name or Path(config.src).resolve().name)
     if config.src not in ("-", "photos") and source.root is not None:
         root, target = source.root.resolve(), out.resolve()
         if target == root or (target.is_relative_to(root) and not Path(config.src).is_file()):
@@ -50,6 +50,11 @@ def record_settings(out: Path, config: AnnotateConfig, annotators: tuple[Annotat
         "render": config.render,
         "seed": config.seed,
     }
+    return settle(out, settings)
+
+
+def settle(out: Path, settings: dict[str, Any]) -> str:
+    """Saves the settings of a run in its output, and returns their hash. Raises as `record_settings` does."""
     previous = read_settings(out)
     begun = any(child.name != STATE_FOLDER for child in out.iterdir()) or any((out / STATE_FOLDER).glob("part-*.json"))
     if previous is None or (previous != settings and not begun):
@@ -105,9 +110,7 @@ def locked_output(out: Path, shared: bool) -> Iterator[None]:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(
-                f"another sctool annotate is writing to '{out}'. Wait for it, or choose another --out."
-            ) from error
+            raise UsageError(f"another sctool is writing to '{out}'. Wait for it, or choose another --out.") from error
         try:
             if not shared:
                 _remove_temporary_files(out)
@@ -122,7 +125,7 @@ def _remove_temporary_files(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def refuse_to_shrink(out: Path, jobs: list[Job]) -> None:
+def refuse_to_shrink(out: Path, jobs: Sequence[Job]) -> None:
     """Raises `UsageError` if a limit would remove finished images, which may be hours of work."""
     larger = any(
         job.read_marker().get("images", 0) > (len(job.records) if job.limit is None else job.limit) for job in jobs
@@ -131,15 +134,14 @@ def refuse_to_shrink(out: Path, jobs: list[Job]) -> None:
         raise UsageError(f"--out '{out}' contains more images than --limit. Choose another --out for a trial.")
 
 
-def _obsolete_markers(out: Path, jobs: list[Job]) -> list[Path]:
+def _obsolete_markers(out: Path, jobs: Sequence[Job]) -> list[Path]:
     """Markers of jobs that the source no longer has."""
     current = {job.marker for job in jobs}
-    is_shards = bool(jobs) and jobs[0].is_shard
-    paths = out.rglob("*_stats.json") if is_shards else (out / STATE_FOLDER).glob("part-*.json")
-    return [path for path in paths if path not in current]
+    pattern = jobs[0].marker_pattern if jobs else f"{STATE_FOLDER}/part-*.json"
+    return [path for path in out.glob(pattern) if path not in current]
 
 
-def remove_obsolete_files(out: Path, jobs: list[Job], replaced: set[str]) -> None:
+def remove_obsolete_files(out: Path, jobs: Sequence[Job], replaced: set[str]) -> None:
     """Removes the files of images that the source no longer has.
 
     replaced: files that jobs which were done again had written before.
@@ -158,18 +160,23 @@ def write_lists(out: Path, jobs: list[Job], faults: list[Fault], part_errors: st
 
     part_errors: name of the list of errors of one part, while other parts are still to come; then only it is written.
     """
+    if part_errors is None and jobs and not (jobs[0].is_shard and jobs[0].merged):
+        columns = list(dict.fromkeys(key for row in _rows(jobs) for key in row))
+        # "" and not null for images without a class: `datasets` wants one type per column in every split's table.
+        missing = {key: "" if key == "label" else None for key in columns}
+        rows = (missing | row for row in _rows(jobs))
+        if jobs[0].merged:
+            _write_metadata(out, rows)
+        else:
+            _write_lines(out / "params.jsonl", rows)
+    return write_errors(out, jobs, faults, part_errors)
+
+
+def write_errors(out: Path, jobs: Sequence[Job], faults: list[Fault], part_errors: str | None) -> Path | None:
+    """Writes the list of errors, of the whole set or of one part, and returns it; removes it where there are none."""
     if part_errors is None:
         for file in out.glob("errors-*-of-*.jsonl"):
             file.unlink(missing_ok=True)
-        if jobs and not (jobs[0].is_shard and jobs[0].merged):
-            columns = list(dict.fromkeys(key for row in _rows(jobs) for key in row))
-            # "" and not null for images without a class: `datasets` wants one type per column in every split's table.
-            missing = {key: "" if key == "label" else None for key in columns}
-            rows = (missing | row for row in _rows(jobs))
-            if jobs[0].merged:
-                _write_metadata(out, rows)
-            else:
-                _write_lines(out / "params.jsonl", rows)
     path = out / (part_errors or "errors.jsonl")
     errors = itertools.chain(map(vars, faults), (error for job in jobs for error in job.read_marker()["errors"]))
     first = next(errors, None)

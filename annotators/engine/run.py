@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .output import (
     remove_obsolete_files,
     write_lists,
 )
-from .pool import gpus, run_jobs
+from .pool import JobFunction, gpus, run_jobs
 from .worker import run_job
 
 WORKERS_PER_GPU = 2
@@ -128,24 +128,38 @@ def _run(
     jobs: list[Job], config: AnnotateConfig, annotators: tuple[Annotator, ...], progress: Progress | None
 ) -> Counts:
     """Does the jobs that are not finished."""
+    gpu = any(annotator.needs_weights for annotator in annotators)
+
+    def workers(images: int) -> int:
+        return _workers(config.jobs, images, annotators)
+
+    return do_unfinished(run_job, jobs, workers, progress, ray=config.ray, ray_workers=config.jobs, gpu=gpu)
+
+
+def do_unfinished(
+    function: JobFunction, jobs: Sequence[Job], workers: Callable[[int], int], progress: Progress | None, *,
+    ray: str | None = None, ray_workers: int | None = None, gpu: bool = False,
+) -> Counts:  # fmt: skip
+    """Calls `function(job, on_image)` for the jobs that are not finished, in processes or on the cluster `ray`.
+
+    workers: the number of processes for a number of images. gpu: a task on the cluster uses a GPU if there are any.
+    """
     markers = [job.valid_marker() for job in jobs]
     finished = [_counts(marker) for marker in markers if marker is not None]
     todo = [job for job, marker in zip(jobs, markers, strict=True) if marker is None]
     replaced = {name for job in todo for name in job.read_marker().get("files", ())}
-    before, expected = _total(finished), _expected_images(todo)
+    before, expected = _total(finished), expected_images(todo)
 
     def report(done: int) -> None:
         if progress:
             progress(before + done, before + max(expected, done))
 
-    if config.ray is not None:
+    if ray is not None:
         from .cluster import run_on_ray
 
-        gpu = any(annotator.needs_weights for annotator in annotators)
-        new = run_on_ray(run_job, todo, config.ray, config.jobs, report, lambda job: job.name, gpu=gpu)
+        new = run_on_ray(function, todo, ray, ray_workers, report, lambda job: job.name, gpu=gpu)
     else:
-        workers = _workers(config.jobs, expected, annotators)
-        new = run_jobs(run_job, todo, workers, report, lambda job: job.name)
+        new = run_jobs(function, todo, workers(expected), report, lambda job: job.name)
     report(_total(new))  # until now the images of a repeated job counted twice
     images, failed = (sum(count[key] for count in finished + new) for key in ("images", "failed"))
     return Counts(len(jobs), images, failed, sum(count["images"] for count in finished), replaced)
@@ -159,7 +173,7 @@ def _total(counts: list[dict[str, int]]) -> int:
     return sum(count["images"] + count["failed"] for count in counts)
 
 
-def _expected_images(jobs: list[Job]) -> int:
+def expected_images(jobs: Sequence[Job]) -> int:
     """How many images the jobs have; for shards estimated from the first shard's images and all file sizes."""
     if not jobs or not jobs[0].is_shard:
         return sum(len(job.records) for job in jobs)

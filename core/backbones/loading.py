@@ -195,11 +195,13 @@ def load_backbone(
     device: str | torch.device = "cpu",
     vae_dtype: torch.dtype | None = None,
     offline: bool = False,
+    encoders_only: bool = False,
 ) -> Backbone:
     """Loads and freezes a base: an embedded one by name, a diffusers-format folder or a hub id.
 
     Weights are read from safetensors only. `dtype` is the denoiser's; the autoencoder's is `autoencoder_dtype` unless
-    given; conditioning encoders, used once per caption, stay in float32.
+    given; conditioning encoders, used once per caption, stay in float32. With `encoders_only` the denoiser has a shape
+    but neither weights nor a hash, which saves most of the memory and the time.
     Raises `UsageError` or `SctoolError` that say what is missing; a base that is not supported is refused before any
     weights are read.
     """
@@ -225,20 +227,26 @@ def load_backbone(
     if all(".fp16." in file.name for file in files):
         options["variant"] = "fp16"
     student = read_student(folder)
-    if student and student.ranks:
+    if encoders_only:
+        with torch.device("meta"):
+            options[family.denoiser_part] = family.build_denoiser(read_config(folder, family.denoiser_part, base))
+    elif student and student.ranks:
         options[family.denoiser_part] = load_thin(folder, family, student, base).to(dtype)
     try:
         pipe = DiffusionPipeline.from_pretrained(str(folder), **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise SctoolError(f"--base {base} cannot be loaded: {str(error).splitlines()[0]}") from error
-    family.prepare(getattr(pipe, family.denoiser_part))
+    if not encoders_only:
+        family.prepare(getattr(pipe, family.denoiser_part))
+        pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    pipe.to(device)
+            if encoders_only and part is not getattr(pipe, family.denoiser_part):
+                part.to(device)
     conditioners = [name for name in family.conditioner_parts if (folder / name).is_dir()]
-    denoiser_hash = content_hash(folder, family.denoiser_part)
+    denoiser_hash = "" if encoders_only else content_hash(folder, family.denoiser_part)
     return Backbone(
         id=base,
         hash=denoiser_hash,

@@ -68,11 +68,11 @@ class Shard:
     sidecars: tuple[tuple[str, str], ...] = ()
 
 
-def open_shards(path: str | Path) -> tuple[Source, list[Shard]] | None:
+def open_shards(path: str | Path, maps: str | Path | None = None) -> tuple[Source, list[Shard]] | None:
     """The shards of a set, without listing their members; None for a set of another layout.
 
-    The maps of a shard are in `conditions/COND/` or `COND/` under its own file name. The source has no records. Raises
-    as `open_source` does.
+    The maps of a shard are in `conditions/COND/` or `COND/` under its own file name, also below `maps`, which take
+    precedence. The source has no records. Raises as `open_source` does.
     """
     if str(path) in ("photos", "-"):
         return None
@@ -85,21 +85,34 @@ def open_shards(path: str | Path) -> tuple[Source, list[Shard]] | None:
     kind, tars = _kind(given, names, only)
     if kind != "shards":
         return None
-    beside: dict[str, list[tuple[str, str]]] = {}
-    for name in names:
-        folder, _, file = name.removeprefix("conditions/").partition("/")
-        if file.lower().endswith(".tar") and (name.startswith("conditions/") or folder in MAP_FOLDERS):
-            beside.setdefault(file, []).append((folder, str(root / name)))
+    beside = _map_tars(root, names)
+    if maps is not None:
+        further = _existing(maps)
+        found = _map_tars(further, walk(further, faults), every=True)
+        if not found.keys() & {name.replace("/", "-") for name in tars}:
+            raise UsageError(f"no .tar in '{maps}' has maps of '{path}': expected e.g. conditions/canny/{tars[0]}.")
+        for file, own in found.items():
+            beside[file] = {**beside.get(file, {}), **own}
     shards = [
         Shard(
             name,
             str(root / name),
             split_name(name.rpartition("/")[0].split("/")[0]),
-            tuple(sorted(beside.get(name.replace("/", "-"), ()))),
+            tuple(sorted(beside.get(name.replace("/", "-"), {}).items())),
         )
         for name in tars
     ]
     return Source(root.name if only is None else given.stem, "shards", [], faults, root), shards
+
+
+def _map_tars(root: Path, names: Iterable[str], every: bool = False) -> dict[str, dict[str, str]]:
+    """{file name of a shard: {condition: tar of its maps}}; with `every`, any folder may be that of a condition."""
+    tars: dict[str, dict[str, str]] = {}
+    for name in names:
+        folder, _, file = name.removeprefix("conditions/").partition("/")
+        if file.lower().endswith(".tar") and (every or name.startswith("conditions/") or folder in MAP_FOLDERS):
+            tars.setdefault(file, {})[folder] = str(root / name)
+    return tars
 
 
 def _existing(path: str | Path) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..config import TrainConfig
+from .order import BlockOrder, shuffled
 from .seeds import generator
 
 if TYPE_CHECKING:
@@ -23,25 +24,37 @@ if TYPE_CHECKING:
 
 
 class StepBatches(Sampler[list[int]]):
-    """One process's indices of micro-batches `start` to `stop`; every epoch has an order of its own, seeded."""
+    """One process's indices of micro-batches `start` to `stop`; every epoch has an order of its own, seeded.
 
-    def __init__(self, count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1) -> None:
-        self.count, self.batch, self.seed = count, batch, seed
+    groups: for a set too large to permute as a whole, the numbers of items that lie together; see `BlockOrder`.
+    """
+
+    def __init__(
+        self, count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1,
+        groups: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        self.count, self.batch, self.seed, self.groups = count, batch, seed, groups
         self.start, self.stop, self.share = start, stop, batch_share(batch, rank, world)
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, []
+        epoch = self.start * self.batch // self.count
+        order = self._order(epoch)
         for micro in range(self.start, self.stop):
             indices = []
             for position in range(micro * self.batch, (micro + 1) * self.batch):
                 if position // self.count != epoch:
                     epoch = position // self.count
-                    order = torch.randperm(self.count, generator=generator(self.seed, "order", epoch)).tolist()
+                    order = self._order(epoch)
                 indices.append(order[position % self.count])
             yield indices[self.share]
+
+    def _order(self, epoch: int) -> list[int] | BlockOrder:
+        if self.groups is None:
+            return shuffled(self.count, self.seed, epoch)
+        return BlockOrder(self.groups, self.seed, epoch)
 
 
 def batch_share(batch: int, rank: int, world: int) -> slice:

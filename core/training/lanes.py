@@ -15,6 +15,7 @@ from ..backbones.loading import Backbone
 from ..config import TrainConfig
 from ..data.prepared import PreparedSet
 from ..data.records import Source
+from ..data.streaming.serving import StreamedSet
 from ..runs import Run
 from ..tuners.base import Tuner
 
@@ -41,8 +42,8 @@ class TaskSet:
 class Data:
     """The prepared images: those trained on, and those held out, if any."""
 
-    train: PreparedSet
-    held_out: PreparedSet | None
+    train: PreparedSet | StreamedSet
+    held_out: PreparedSet | StreamedSet | None
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

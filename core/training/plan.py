@@ -11,6 +11,7 @@ from ..backbones.loading import Backbone, autoencoder_dtype, load_backbone
 from ..config import MemoryLevel, TrainConfig
 from ..data.prepared import cache_plan
 from ..data.records import Source
+from ..data.streaming.folder import Rows
 from ..devices import best_device, choose_precision, torch_dtype
 from ..tasks import task_configs
 from ..tuners import check_routing
@@ -80,6 +81,7 @@ def _plan_task(config: TrainConfig, part: TaskSet, own: Part, size: int, footpri
     """The figures of one task."""
     training, validation = split_records(part.source, part.held_out, config)
     backbone, tuner = own.backbone, own.tuner
+    rule = backbone.family.prompt_rule(config.trigger, config.caption)
     frozen = sum(p.numel() for p in backbone.denoiser.parameters())
     trained = sum(p.numel() for p in tuner.parameters() if p.requires_grad)
     return {
@@ -94,15 +96,20 @@ def _plan_task(config: TrainConfig, part: TaskSet, own: Part, size: int, footpri
         "epochs": round(config.steps * config.batch * config.accumulate / max(1, len(training)), 2),
         "activations_per_image": footprint.saved,
         "peak_per_image": footprint.peak,
-        "cache": cache_plan(
-            training,
-            backbone,
-            size=size,
-            conds=config.conditions,
-            flip=config.flip,
-            prompt=backbone.family.prompt_rule(config.trigger, config.caption),
-        ),
+        "cache": prepared_plan(training, backbone)
+        if isinstance(training, Rows)
+        else cache_plan(training, backbone, size=size, conds=config.conditions, flip=config.flip, prompt=rule),
     }
+
+
+def prepared_plan(rows: Rows, backbone: Backbone) -> dict[str, Any]:
+    """What `cache_plan` says, for a set that is prepared already. Raises `UsageError` where it is for another base."""
+    rows.folder.check_base(backbone.id, backbone.vae_hash, (backbone.conditioner_hash,), backbone.family.by_class)
+    made = rows.folder.manifest
+    return {
+        "folder": str(rows.folder.folder), "prepared": True, "dtype": made.dtype, "error_db": made.error_db,
+        "images": len(rows), "images_to_encode": 0, "bytes": made.bytes, "bytes_to_add": 0, "left_out": 0,
+    }  # fmt: skip
 
 
 def _together(plans: Mapping[str | None, dict[str, Any]]) -> dict[str, Any]:
@@ -115,6 +122,8 @@ def _together(plans: Mapping[str | None, dict[str, Any]]) -> dict[str, Any]:
 
 def captions(cache: dict[str, Any]) -> str:
     """What the user should know of the captions; "" where every image has one that is read to its end."""
+    if cache.get("prepared"):
+        return ""
     counts = {
         f"made from class labels ({cache['caption_example']})": cache["captions_from_labels"],
         "empty": cache["captions_empty"],
@@ -153,10 +162,11 @@ def _control(plan: dict[str, Any]) -> str:
 def _show_task(plan: dict[str, Any]) -> list[str]:
     """Sites, data and cache of a run without tasks, or of a task."""
     cache = plan["cache"]
+    stored = f"{cache['bytes'] / 1e6:.1f} MB in {cache['folder']}"
+    still = f"{cache['bytes_to_add'] / 1e6:.1f} MB of it still to write"
     images = f"{plan['images']} images for training, {plan['epochs']} epochs, {plan['held_out']} held out"
     return [
         f"tuned      {'; '.join(plan['sites'])}{added(plan['classes_added'])}",
         f"data       {images}{captions(cache)}",
-        f"cache      {cache['bytes'] / 1e6:.1f} MB in {cache['folder']}, "
-        f"{cache['bytes_to_add'] / 1e6:.1f} MB of it still to write",
+        f"prepared   {stored}, {cache['dtype']}" if cache.get("prepared") else f"cache      {stored}, {still}",
     ]

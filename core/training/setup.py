@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from ..backbones.loading import Backbone
 from ..checkpoint import load_tuner, read_meta, task_files
 from ..config import MemoryLevel, TrainConfig
 from ..data.prepared import PreparedSet, prepare
+from ..data.prompts import Prompt
 from ..data.records import Source
+from ..data.streaming.folder import PreparedFolder, Rows
+from ..data.streaming.serving import StreamedSet
 from ..devices import torch_dtype
 from ..errors import SctoolError, UsageError
+from ..files import write_json
 from ..progress import Progress
 from ..runs import Run
 from ..sites.attaching import TunedBackbone
@@ -45,13 +50,26 @@ def prepare_data(
     backbone.check_size(size)
     training, validation = split_records(source, held_out, config)
 
-    def prepared(records: list[Any], flip: bool) -> PreparedSet:
+    def prepared(records: Sequence[Any], flip: bool) -> PreparedSet | StreamedSet:
+        if isinstance(records, Rows):
+            return stream(records, backbone, config, flip)
         return prepare(
             records, backbone, size=size, conds=config.conditions, flip=flip, device=backbone.device,
             prompt=backbone.family.prompt_rule(config.trigger, config.caption), progress=progress.note,
         )  # fmt: skip
 
     return Data(prepared(training, config.flip), prepared(validation, False) if validation else None)
+
+
+def stream(rows: Rows, backbone: Backbone, config: TrainConfig, flip: bool) -> StreamedSet:
+    """Rows of a prepared folder as a set. Raises `UsageError` when they were made with other encoders."""
+    rows.folder.check_base(backbone.id, backbone.vae_hash, (backbone.conditioner_hash,), backbone.family.by_class)
+    prompts = ["", *rows.folder.manifest.labels]
+    encoded = backbone.encode_prompts(prompts)
+    table = {prompt: {name: values[i].cpu() for name, values in encoded.items()} for i, prompt in enumerate(prompts)}
+    prompt = backbone.family.prompt_rule(config.trigger, config.caption)
+    served = rows.mirrored() if flip else rows
+    return StreamedSet(served, config.conditions, prompt, table[""], table if backbone.family.by_class else None)
 
 
 def init_file(init: str, task: str | None) -> str | Path:
@@ -68,13 +86,19 @@ def added_classes(
     """
     family = backbone.family
     rule = family.prompt_rule(config.trigger, config.caption)
-    classes = family.added(backbone.pipe, {rule(record) for part in (source, held_out or ()) for record in part})
+    prompts = {prompt for part in (source, held_out) if part is not None for prompt in prompts_of(part, rule)}
+    classes = family.added(backbone.pipe, prompts)
     if not config.init:
         return classes
     theirs = tuple(read_meta(init_file(config.init, task)).get("classes", ()))
     if missing := sorted(set(classes) - set(theirs)):
         raise UsageError(f"init={config.init} has no class {', '.join(missing)}, which the data has; leave init out.")
     return theirs
+
+
+def prompts_of(source: Source, rule: Prompt) -> Iterable[str]:
+    """What the images of a set are conditioned on; of a prepared folder its labels, without reading its records."""
+    return source.manifest.labels if isinstance(source, PreparedFolder) else (rule(record) for record in source)
 
 
 def token_count(model: TunedBackbone, latent: tuple[int, ...]) -> int:
@@ -129,11 +153,30 @@ def open_lanes(
             data[task] = prepare_data(own, part.source, part.held_out, bases[task], progress)
         if not len(data[task].train):  # all processes find the same
             raise SctoolError(f"--data {own.data} has no image to train on; its faults are listed above.")
+        refuse_changed_data(Run(run.path, task), own, data[task], accelerator.is_main_process)
     backbone.free_encoders()
     return [
         Lane(task, own, Run(run.path, task), bases[task], data[task], build_tuner(own, bases[task], task), sets[task])
         for task, own in configs.items()
     ]
+
+
+def refuse_changed_data(run: Run, config: TrainConfig, data: Data, main: bool) -> None:
+    """Notes in the run which version of a prepared set it trains on, in the `main` process.
+
+    Raises `SctoolError` when a run that is resumed began with another version: it would not be its continuation.
+    """
+    if not isinstance(data.train, StreamedSet):
+        return
+    path, version = run.path / "-".join(filter(None, (run.task, "data.json"))), data.train.version
+    if not run.states():
+        if main:
+            write_json(path, {"data": config.data, "version": version})
+    elif path.is_file() and json.loads(path.read_text())["version"] != version:
+        raise SctoolError(
+            f"--data {config.data} was prepared anew since {run.path} began, so that resuming would not continue it. "
+            "Train under another --name, or restore the prepared set."
+        )
 
 
 def memory_level(

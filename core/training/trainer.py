@@ -40,6 +40,7 @@ class Trainer:
         order = StepBatches(
             len(lane.data.train), config.batch, config.seed, t.start * config.accumulate,
             config.steps * config.accumulate, t.accelerator.process_index, t.accelerator.num_processes,
+            getattr(lane.data.train, "groups", None),
         )  # fmt: skip
         workers = max(1, WORKERS // len(t.lanes)) if cuda else 0
         return iter(

@@ -16,6 +16,7 @@ from ..backbones.loading import Backbone
 from ..backbones.noising import Noising
 from ..config import SampleConfig, TrainConfig
 from ..data.prepared import PreparedSet
+from ..data.streaming.serving import StreamedSet
 from ..progress import Progress
 from ..runs import Run
 from ..sampling import Request, sample_images
@@ -41,7 +42,7 @@ class Validator:
         config: TrainConfig,
         run: Run,
         backbone: Backbone,
-        held_out: PreparedSet | None,
+        held_out: PreparedSet | StreamedSet | None,
         measures: Measures,
         progress: Progress,
         distance: Distance | None = None,

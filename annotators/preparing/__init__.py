@@ -1,0 +1,1 @@
+"""`prepare`: shards of images in, shards of latents, text rows and maps out."""
