@@ -109,11 +109,11 @@ WHOLE: dict[type, type] = {ResnetBlock2D: RecomputedResnet, Transformer2DModel: 
 def recompute_feed_forward(denoiser: nn.Module, exchange: Exchange) -> None:
     """The first layer of every feed-forward network, which is four to eight times as wide as the stream."""
     for block in _blocks(denoiser):
-        net: Any = getattr(block.ff, "net", None)
-        kind = FIRST.get(type(net[0])) if net is not None else None
-        if kind is not None:
-            before = _put_off(block, "norm3", exchange, block.ff, net[0])
-            exchange.put(net, "0", sharing(kind, net[0], before=before, always=_learns(net[0])))
+        net: Any = block.ff.net
+        first = net[0]
+        if type(first) in FIRST:
+            before = _put_off(block, "norm3", exchange, block.ff, first)
+            exchange.put(net, "0", sharing(FIRST[type(first)], first, before=before, always=_learns(first)))
 
 
 def recompute_attention(denoiser: nn.Module, exchange: Exchange) -> None:
