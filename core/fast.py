@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SCHEDULER, STEPS = "dpm++", 20
-KEYS = (0, 1, 2, 4, 7, 11, 15)
+KEYS = (0, 1, 2, 4, 6, 8, 11, 14, 18)
 """Of 20 steps, those at which the encoder runs."""
 FAST_HELP = f"Draw faster: {SCHEDULER}, {STEPS} steps, the encoder at {len(KEYS)} of them; see docs/sampling.md."
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .routing import Samples
-    from .site import Call
-    from .wiring import Attached
+from .routing import Samples
+from .site import Call
+
+
+class Knowing(Protocol):
+    """An attached tuner: what it knows of the call under way, and the samples that it acts on in it."""
+
+    call: Call
+    samples: Samples
 
 
 @dataclass(eq=False)
@@ -24,7 +29,7 @@ class Kept:
     kind: Any
     outputs: dict[str, Any] = field(default_factory=dict)
     _edited: dict[Any, Tensor] = field(default_factory=dict)
-    _calls: dict[Attached, tuple[Call, Samples]] = field(default_factory=dict)
+    _calls: dict[Knowing, tuple[Call, Samples]] = field(default_factory=dict)
 
     def edited(self, site: Any, make: Callable[[], Tensor]) -> Tensor:
         """The edited value of `site`; made where it is not there yet."""
@@ -32,11 +37,11 @@ class Kept:
             self._edited[site] = make()
         return self._edited[site]
 
-    def note(self, attached: Sequence[Attached]) -> None:
+    def note(self, attached: Sequence[Knowing]) -> None:
         """Keeps what each tuner knows of the call that is under way."""
         self._calls = {one: (one.call, one.samples) for one in attached}
 
-    def prepare(self, attached: Sequence[Attached]) -> bool:
+    def prepare(self, attached: Sequence[Knowing]) -> bool:
         """Gives the tuners what they knew of the kept call; False where any of them was not there."""
         if any(one not in self._calls for one in attached):
             return False

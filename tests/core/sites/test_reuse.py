@@ -26,6 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sctool.core.backbones.architectures import architecture
 from sctool.core.errors import DoesNotFit, SctoolError, UsageError
+from sctool.core.fast import KEYS
+from sctool.core.fast import STEPS as STEPS_OF_FAST
 from sctool.core.measure import without_storage
 from sctool.core.sites.attaching import attach, channel, tuned
 from sctool.core.sites.parts import family_of
@@ -407,7 +409,7 @@ def test_an_unmodified_pipeline_with_guidance(tiny_base: Path) -> None:
     given["cross_attention_kwargs"] = channel({"canny": torch.rand(1, 3, 32, 32).round()})
 
     def image() -> Tensor:
-        return pipe("a cat", generator=torch.Generator().manual_seed(0), **given).images
+        return cast(Any, pipe("a cat", generator=torch.Generator().manual_seed(0), **given)).images
 
     with tuned(pipe.unet, tuner):
         plain = image()
@@ -467,14 +469,18 @@ def test_what_a_step_without_the_encoder_costs(name: str, side: int, conditions:
             without_storage(module)
         hint = torch.empty(1, 3, 8 * side, 8 * side) if conditions else None
         alone = flops(net, 900, side)
-        with tuned(net, tuner), reusing(net, (0,)):
-            first, second = (flops(net, t, side, hint) for t in (900, 800))
+        with tuned(net, tuner):
+            _, plain = (flops(net, t, side, hint) for t in (900, 800))
+            with reusing(net, (0,)):
+                first, second = (flops(net, t, side, hint) for t in (700, 600))
         with reusing(net, (0,)):
             assert flops(net, 900, side) == alone
             decoder = flops(net, 800, side)
     assert alone < first
     assert decoder <= second <= most * alone
     assert second - decoder < 0.005 * alone, "of the tuner only the first skip's edit runs"
+    for step, between in ((alone, decoder), (plain, second)):
+        assert 50 * step >= 3 * (len(KEYS) * step + (STEPS_OF_FAST - len(KEYS)) * between), "--fast against 50 steps"
 
 
 def test_a_tuner_may_be_taken_off_between_two_images() -> None:
