@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=24_000_000)
     parser.add_argument("--side", type=int, default=1, help="side of the latents")
     parser.add_argument("--cond", action="store_true", help="also edge maps")
+    parser.add_argument("--no-hints", action="store_true", help="do not load the edge maps that there are")
     parser.add_argument("--hard-links", action="store_true", help="one tar for all shards")
     parser.add_argument("--batches", type=int, default=300)
     parser.add_argument("--workers", type=int, default=0)
@@ -111,9 +112,8 @@ def measure(folder: Path, words: argparse.Namespace) -> None:
         drop(folder)
     before, began = private_bytes(), time.perf_counter()
     prepared = PreparedFolder(folder)
-    data = StreamedSet(
-        prepared.rows("train"), prepared.conditions(), caption_of, {"prompt_embeds": torch.zeros(77, 768)}
-    )
+    conds = [] if words.no_hints else prepared.conditions()
+    data = StreamedSet(prepared.rows("train"), conds, caption_of, {"prompt_embeds": torch.zeros(77, 768)})
     start = len(data) // BATCH // 2
     order = StepBatches(len(data), BATCH, 0, start, start + words.batches, groups=data.groups)
     loader = iter(DataLoader(data, batch_sampler=order, num_workers=words.workers, collate_fn=collate))
