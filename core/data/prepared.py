@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..backbones.families.base import Rows
+from ..files import human, require_space
 from .cache import CHUNK, Memo, TensorCache, cache_folder, content_key
 from .conditions import condition
 from .images import MIN_SIDE, BadImage, Geometry, decode_map, decode_rgb, too_small
@@ -27,6 +28,9 @@ from .records import Blob, Fault, Record, Source
 
 HINT_MEMORY = 512 << 20
 """Bytes of decoded maps that a process keeps; a set that fits is decoded once."""
+
+MUCH = 1 << 30
+"""A cache that grows by so many bytes is announced."""
 
 DECODERS = 8
 """Maximum number of threads that decode images for the encoder."""
@@ -179,6 +183,7 @@ def prepare(
     faults: list[Fault] = []
     items = store.items(source, conds, flip, prompt, faults)
     say = progress or (lambda line: None)
+    store.require_room(items, say)
     bad = store.encode_images(items, batch, device, say)
     faults += [
         Fault(item.record.image.name, bad[item.latent]) for item in items if item.latent in bad and not item.flip
@@ -228,9 +233,7 @@ def cache_plan(
     items = store.items(source, tuple(conds), flip, prompt, faults)
     latents = {item.latent for item in items}
     captions = {item.caption for item in items} | {""}
-    side = size // backbone.vae_scale
-    latent_bytes = 2 * backbone.latent_channels * side * side * 4 + 8
-    text_bytes = store.text_bytes()
+    latent_bytes, text_bytes = store.latent_bytes(), store.text_bytes()
     new_latents = len(store.latents.missing(latents))
     new_captions = len(store.texts.missing(map(_text_key, captions)))
     prompts = count_prompts((item.record for item in items if not item.flip), prompt)
@@ -355,6 +358,21 @@ class _Store:
     def too_long(self, captions: Iterable[str]) -> set[str]:
         """The captions that the conditioning encoder does not read to their end."""
         return {caption for caption in captions if self.backbone.too_long(caption)}
+
+    def require_room(self, items: list[_Item], say: Callable[[str], None]) -> None:
+        """Raises `SctoolError` if the disk has less free than the cache will grow by, which is said if it is much."""
+        latents = len(self.latents.missing(item.latent for item in items))
+        captions = len(self.texts.missing([_text_key(""), *(item.text for item in items)]))
+        needed = latents * self.latent_bytes() + (captions * self.text_bytes() if captions else 0)
+        if needed >= MUCH:
+            say(f"the cache in {self.folder} will grow by {human(needed)}")
+        if needed:
+            require_space(self.folder, needed, "the cache", "Free some space, or set SCTOOL_CACHE to another disk.")
+
+    def latent_bytes(self) -> int:
+        """Bytes of one image's row."""
+        side = self.geometry.size // self.backbone.vae_scale
+        return 2 * self.backbone.latent_channels * side * side * 4 + 8
 
     @torch.no_grad()
     def text_bytes(self) -> int:

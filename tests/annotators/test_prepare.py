@@ -205,6 +205,21 @@ def test_hints_are_those_that_an_image_folder_gives(tmp_path, tiny_base, picture
         assert torch.equal(training[i]["hints"][cond], theirs[i]["hints"][cond])
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (5, 13), (64, 8)])
+def test_one_bit_maps_are_read_as_opencv_reads_them(shape):
+    from sctool.annotators.engine.maps import encode_png
+    from sctool.core.data.streaming.reading import one_bit
+
+    map = (np.random.default_rng(0).random(shape) < 0.3).astype(np.uint8) * 255
+    assert np.array_equal(one_bit(bytearray(encode_png(map, bilevel=True))), map)  # pyright: ignore
+    assert one_bit(bytearray(encode_png(map))) is None
+    assert one_bit(bytearray(encode_png(map, bilevel=True)[:-9])) is None
+    buffer = io.BytesIO()
+    Image.fromarray(map).convert("1").save(buffer, "PNG")
+    others = one_bit(bytearray(buffer.getvalue()))
+    assert others is None or np.array_equal(others, map)
+
+
 def test_mirror_images_belong_to_their_images(tmp_path, tiny_base, edges):
     go(edges, tmp_path / "out", tiny_base, cond=("canny",), flip=True)
     plain, held_out = served(tmp_path / "out", tiny_base, cond=("canny",))

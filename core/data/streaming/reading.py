@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,8 +92,10 @@ class ShardReader:
 
     def hint(self, entry: tuple[int, ...], cond: str) -> np.ndarray:
         """The hint, or the map that it is rendered from, as uint8 (H, W) or (H, W, 3) RGB."""
-        data = np.frombuffer(self._tar.read(*self.map_place(entry, cond, hint=True)), np.uint8)
-        pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+        data = self._tar.read(*self.map_place(entry, cond, hint=True))
+        pixels = one_bit(data)
+        if pixels is None:
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if pixels is None:
             raise self._tar.fault("was changed after it was prepared")
         return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1])
@@ -155,6 +158,25 @@ class _Opened:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._file)
+
+
+def one_bit(png: bytearray) -> np.ndarray | None:
+    """The pixels (H, W), 0 or 255, of a PNG as `encode_png` writes those of 1 bit: three times as fast as OpenCV.
+
+    None for any other PNG: one of more bits, of several data chunks, or with filtered rows.
+    """
+    if png[12:16] != b"IHDR" or png[24:29] != b"\1\0\0\0\0" or png[37:41] != b"IDAT":
+        return None
+    width, height, length = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20, 33))
+    if png[45 + length + 4 : 45 + length + 8] != b"IEND":
+        return None
+    try:
+        rows = np.frombuffer(zlib.decompress(memoryview(png)[41 : 41 + length]), np.uint8)
+    except zlib.error:
+        return None
+    if rows.size != height * (1 + -(-width // 8)) or (rows := rows.reshape(height, -1))[:, 0].any():
+        return None
+    return np.unpackbits(rows[:, 1:], axis=1, count=width) * np.uint8(255)
 
 
 def wrong_size(found: int, expected: int) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...backbones.families.base import Rows as TextRows
+from ...devices import torch_dtype
 from ..conditions import condition
 from ..prompts import Prompt
 from ..records import BytesBlob, Fault, Record
@@ -29,7 +30,8 @@ class StreamedSet(Dataset):
     ) -> None:  # fmt: skip
         self.records, self.places, self.shards = rows, rows.places, rows.folder.shards
         self.conds, self.prompt, self.table = tuple(conds), prompt, table
-        self.null_rows = dict(null_rows)
+        dtype = torch_dtype(rows.folder.manifest.dtype)  # one row is as precise as the others
+        self.null_rows = {n: row.to(dtype) if row.is_floating_point() else row for n, row in null_rows.items()}
         self.faults: list[Fault] = []
         self.bytes_on_disk, self.version = rows.folder.manifest.bytes, rows.folder.manifest.version
 
@@ -42,19 +44,22 @@ class StreamedSet(Dataset):
         return len(self.places)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """As `PreparedSet` serves it; a mirror image has its record's key. Raises `SctoolError` for damaged shards."""
+        """As `PreparedSet` serves it, in the stored precision; training converts it on its device.
+
+        A mirror image has its record's key. Raises `SctoolError` for damaged shards.
+        """
         shard, row = self.places[i]
         reader = self.shards[shard]
         entry = reader.entry(row)
         meta = reader.meta(entry)
-        mean, std = reader.latents(entry).float()
+        mean, std = reader.latents(entry)
         text = reader.text(entry) if self.table is None else self.table[reader.labels[entry[3]]]
         return {
             "key": meta["key"],
             "caption": self.prompt(_record(meta)),
             "mean": mean,
             "std": std,
-            "text": {name: values.float() if values.is_floating_point() else values for name, values in text.items()},
+            "text": dict(text),
             "hints": {cond: self._hint(reader.hint(entry, cond), cond) for cond in self.conds},
         }
 
