@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_a_size_that_does_not_fit_the_base_is_refused(capsys: pytest.CaptureFixt
 
 
 def test_students_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = {row.label: row for row in student_counts(architecture("sd21"))}
+    rows: dict[str, Any] = {row.label: row for row in student_counts(architecture("sd21"))}
     assert rows["the base"].total == 1_289_952_427
     assert abs(rows["low-rank, ratio 0.4225, flat"].total - 790e6) < 790e3
     sizes = [rows[f"BK-SDM, {size}"].parameters for size in ("base", "small", "tiny")]

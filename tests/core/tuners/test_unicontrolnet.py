@@ -157,7 +157,7 @@ def test_the_extractor_is_as_published_for_factor_8() -> None:
 def test_living_features_differ_between_maps_from_the_first_step_on(method: str) -> None:
     net, (latents, t, text, hint) = unet().double(), given()
     torch.manual_seed(0)
-    tuner = tuner_class(method).build(method_config(method, {"features": "alive"}), net, ("canny",), 4).double()
+    tuner: Any = tuner_class(method).build(method_config(method, {"features": "alive"}), net, ("canny",), 4).double()
     features = tuner.extractor(hint)
     assert all((f[0] - f[1]).std() > 0.2 for f in features)
     with torch.no_grad(), tuned(net, tuner):
