@@ -44,7 +44,7 @@ from sctool.eval.options import Options
 from sctool.eval.report.tables import number
 from sctool.eval.results import FolderResults
 
-WAYS = ("ddim:50", "ddim:20", "dpm++:20", "fast")
+WAYS = ("ddim:50", "dpm++:20", "fast", "dpm++:16")
 SHOWN = 8
 
 
