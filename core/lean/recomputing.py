@@ -7,7 +7,6 @@ norm is put off, so that the stand-in is given the residual stream, which is kep
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from .exchanging import Exchange, hooked, places, sharing, trained
 from .functions import wanted
@@ -33,10 +32,20 @@ ATTENTION = [
 """Their outputs are kept where q, k and v are computed again: attention itself is never run twice."""
 
 
-def again(run: Callable[..., Any], *args: Any, context_fn: Callable[[], Any] = noop_context_fn, **kwargs: Any) -> Any:
+def keep_attention() -> Any:
+    """What selective checkpointing asks for: kept values in forward, the same ones again in backward."""
+    return create_selective_checkpoint_contexts(ATTENTION)
+
+
+def again(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`run` of the arguments, which alone are kept; nothing in it may draw random numbers."""
-    return checkpoint(
-        run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn,
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def again_but_attention(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The same, and what `ATTENTION` returns is kept too."""
+    return checkpoint(  # the compiler knows a context only by a global name
+        run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep_attention,
         respect_saved_tensors_hooks=False, **kwargs,
     )  # fmt: skip
 
@@ -51,15 +60,15 @@ class Recomputed:
     """The norm that was put off; in a tuple, so that it is no submodule."""
     always: bool = False
     """Something inside is trained, so that it keeps values even for an input that needs no gradient."""
-    context_fn: Callable[[], Any] = staticmethod(noop_context_fn)
+    again: Callable[..., Any] = staticmethod(again)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
         if wanted(hidden_states):
-            return again(self._normed, hidden_states, *args, context_fn=self.context_fn, **kwargs)
+            return self.again(self._normed, hidden_states, *args, **kwargs)
         own = super().forward  # type: ignore[misc]
         if self.always and torch.is_grad_enabled():
-            return again(own, hidden_states, *args, context_fn=self.context_fn, **kwargs)
+            return self.again(own, hidden_states, *args, **kwargs)
         return own(hidden_states, *args, **kwargs)
 
     def _normed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +88,7 @@ class RecomputedGELU(Recomputed, GELU):
 class RecomputedAttention(Recomputed, Attention):
     """Attention whose q, k and v are computed again, and whose output is kept."""
 
-    context_fn = staticmethod(partial(create_selective_checkpoint_contexts, ATTENTION))
+    again = staticmethod(again_but_attention)
 
 
 class RecomputedResnet(Recomputed, ResnetBlock2D):

@@ -113,6 +113,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path, level: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler's
 @pytest.mark.parametrize("level", LEVELS)
 def test_compiled_blocks_give_the_same(level: Any) -> None:
     model, inputs = model_and_inputs(level)
